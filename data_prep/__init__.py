@@ -1,0 +1,1 @@
+"""From raw Wikipedia, books or any text to tokenized, checksummed shards. See `data_prep.build`."""
