@@ -1,9 +1,10 @@
 """The corpus on disk: Arrow shards of token ids, one row a document, and a manifest that is written last.
 
-A corpus folder holds `shard-00000-of-00004.arrow` and so on (Arrow IPC streams, so `datasets.Dataset.from_file`
-opens one), `tokenizer/` (a Hugging Face tokenizer folder) and `manifest.json`. No manifest: not a corpus. The
-surprise: no special token is stored and nothing is cut to a length; framing, packing and masking happen when the
-shards are read, so one corpus serves every sequence length and objective.
+A corpus folder holds `shard-00000-of-00004.arrow` and so on (Arrow IPC streams, which
+`datasets.Dataset.from_file` opens), `tokenizer/` (a Hugging Face tokenizer folder) and `manifest.json`. No
+manifest: not a corpus. The surprise: no special token is stored and nothing is cut to a length; framing,
+packing and masking happen when the shards are read, so one corpus serves every sequence length and
+objective.
 """
 
 from __future__ import annotations
