@@ -1,0 +1,86 @@
+"""What the ranks agree on: a few collectives that also work where there is one process and no process group.
+
+Every function marked *collective* must be called by all ranks, in the same order; none may stand under `if rank() == 0`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+T = TypeVar("T")
+
+
+def active() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if active() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective."""
+    if active():
+        torch_dist.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Add `tensor` over the ranks, in place, and return it. Collective."""
+    if active():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_pieces(piece: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """Return every rank's 1-D `piece`; `lengths[r]` is rank r's number of elements, known to all. Collective.
+
+    Bit-exact (no arithmetic is done on the values). Peak memory is `world_size * max(lengths)` elements.
+    """
+    assert piece.ndim == 1 and piece.numel() == lengths[rank()]
+    if world_size() == 1:
+        return [piece]
+    longest = max(lengths)
+    padded = piece.new_zeros(longest)
+    padded[: piece.numel()] = piece
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    torch_dist.all_gather(gathered, padded)
+    return [buffer[:length] for buffer, length in zip(gathered, lengths, strict=True)]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value` (anything that pickles), in the order of ranks. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(value: T) -> T:
+    """Return rank 0's `value` on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(value: Any, *, what: str) -> None:
+    """Raise RuntimeError on every rank if `value` is not the same on all of them. Collective."""
+    values = gather_objects(value)
+    if any(other != values[0] for other in values):
+        raise RuntimeError(f"the ranks disagree on {what}: {values}")
+
+
+def collective_device() -> torch.device:
+    """The device whose tensors the default process group can reduce."""
+    if active() and torch_dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

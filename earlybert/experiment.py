@@ -1,0 +1,197 @@
+"""An experiment: one TOML file that owns the science (model, data, optimizer, phases, ticket), checked as a whole.
+
+`load` is the only way in: file, then overrides, then every check that needs neither a corpus nor a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from earlybert import mechanics
+from earlybert.config import SettingsError, as_dict, override, parse, read_toml
+from earlybert.data import DataSettings
+from earlybert.model import EarlyBertConfig
+from earlybert.schedule import PhaseSettings
+from earlybert.ticket import TicketSettings
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The dense model (the `[model]` table); the vocabulary's size comes from the corpus."""
+
+    layers: int
+    hidden: int
+    heads: int
+    neurons: int | None = None
+    """FFN intermediate neurons a layer; None means 4 * hidden."""
+    positions: int = 512
+    """Longest sequence the model can take."""
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "positions"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.hidden % self.heads:
+            raise SettingsError(
+                f"hidden = {self.hidden} is not a multiple of heads = {self.heads}; "
+                f"use hidden {self.hidden // self.heads * self.heads or self.heads}"
+            )
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} = {getattr(self, name)}: must lie in [0, 1)")
+
+    def config(self, *, vocab_size: int, next_sentence: bool, coefficients: str) -> EarlyBertConfig:
+        """The dense model's configuration."""
+        return EarlyBertConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.neurons or 4 * self.hidden,
+            max_position_embeddings=self.positions,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.attention_dropout,
+            initializer_range=self.initializer_range,
+            next_sentence=next_sentence,
+            coefficients=coefficients,
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The `[optimizer]` table; the learning rate stands in the phases."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, ...] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    """Of matrices; biases, LayerNorm and coefficients have none."""
+    clipping: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingsError(f"betas = {self.betas}: need two numbers in [0, 1)")
+        for name in ("weight_decay", "clipping"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} = {getattr(self, name)}: must not be negative")
+        if self.epsilon <= 0:
+            raise SettingsError(f"epsilon = {self.epsilon}: must be positive")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Held-out evaluation (the `[evaluate]` table)."""
+
+    every: int = 200
+    """Optimizer steps between evaluations; the first step, the draw and the end are always evaluated."""
+    samples: int = 512
+    """Held-out sequences, the same ones each time with the same masks."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "samples"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """The `[checkpoint]` table."""
+
+    every: int = 500
+    """Optimizer steps between checkpoints; the draw, the end and SIGTERM always save one."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment."""
+
+    name: str
+    """Names the run folder, runs/NAME."""
+    deepspeed: str
+    """Path of the DeepSpeed JSON, relative to the working folder or to the experiment's own folder."""
+    model: ModelSettings
+    data: DataSettings
+    phases: tuple[PhaseSettings, ...]
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    ticket: TicketSettings = field(default_factory=TicketSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    seed: int = 0
+    runs: str = "runs"
+    """Folder of the run folders."""
+    log_every: int = 10
+    """Optimizer steps between two progress lines."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise SettingsError(f"name = {self.name!r}: must be a plain folder name")
+        if not self.phases:
+            raise SettingsError("no [[phases]]: add at least one")
+        if self.log_every < 1:
+            raise SettingsError(f"log_every = {self.log_every}: must be at least 1")
+        if self.seed < 0:
+            raise SettingsError(f"seed = {self.seed}: must not be negative")
+        longest = max(phase.sequence_length for phase in self.phases)
+        if longest > self.model.positions:
+            raise SettingsError(
+                f"phases.sequence_length = {longest} is longer than model.positions = {self.model.positions}; "
+                f"raise model.positions to {longest}"
+            )
+        if self.ticket.enabled:
+            neurons = self.model.neurons or 4 * self.model.hidden
+            self.ticket.check_shape([self.model.heads] * self.model.layers, [neurons] * self.model.layers)
+            steps = sum(phase.steps for phase in self.phases)
+            if self.ticket.draws * self.ticket.latest_step > steps:
+                raise SettingsError(
+                    f"ticket.latest_step = {self.ticket.latest_step} times ticket.draws = {self.ticket.draws} lies past "
+                    f"the run's {steps} steps; the last draw might never come: lower ticket.latest_step"
+                )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs) / self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides the course of the run; what only watches it is left out."""
+        values = as_dict(self)
+        for key in ("name", "runs", "log_every", "deepspeed", "evaluate", "checkpoint"):
+            values.pop(key, None)
+        values["data"].pop("workers", None)
+        values["data"].pop("corpus", None)  # its content's fingerprint is compared instead
+        for phase in values["phases"]:
+            phase.pop("micro_batch", None)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: str | os.PathLike[str], words: Sequence[str] = ()) -> tuple[Experiment, dict[str, Any]]:
+    """Read an experiment, apply `key=value` words, check it; return it and its DeepSpeed settings.
+
+    Raises SettingsError naming the file and the setting.
+    """
+    experiment = parse(Experiment, override(read_toml(path), words), where=str(path))
+    json_path = Path(experiment.deepspeed)
+    beside = Path(path).parent / experiment.deepspeed
+    if not json_path.exists() and beside.exists():
+        json_path = beside
+    values, where = mechanics.load(json_path)
+    mechanics.check(values, where=where, experiment=str(path))
+    return experiment, values

@@ -1,0 +1,395 @@
+"""The early-bird ticket: masks from coefficients, the distance between masks, the moment to draw, the ticket's file.
+
+A mask says which heads and neurons stay. It is ranked by |c| on the **fp32 master** values: near 1.0 bf16 has steps
+of 2^-8, so ranking its values would rank ties (METHOD.md section 4). Counts are exact, ties go to the lower index.
+
+The distance between two masks is their normalised Hamming distance divided by its chance level 2p(1-p), p being the
+share that is removed: 0 is the same mask, 1 is what two independent masks would show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from earlybert.config import EarlyBertError, SettingsError, as_dict, write_atomically
+
+FORMAT_VERSION = 1
+Kept = tuple[tuple[int, ...], ...]
+"""Indices that stay, ascending, one tuple a layer."""
+
+
+@dataclass(frozen=True)
+class TicketSettings:
+    """When to draw, how much to remove and how the small model starts (the `[ticket]` table)."""
+
+    enabled: bool = True
+    """Search and draw; false trains the dense model without coefficients."""
+    penalty: float = 1e-4
+    """lambda of the L1 term lambda * sum |c| (METHOD.md section 1)."""
+    head_ratio: float = 1 / 3
+    """Share of the attention heads to remove (the paper's 4 of 12)."""
+    neuron_ratio: float = 0.3
+    """Share of the FFN intermediate neurons to remove."""
+    head_scope: Literal["layer", "global"] = "layer"
+    """Rank the heads within each layer or over all layers."""
+    neuron_scope: Literal["layer", "global"] = "global"
+    """Rank the neurons within each layer or over all layers."""
+    minimum_heads: int = 1
+    """Heads that every layer keeps."""
+    minimum_neurons: int = 64
+    """Neurons that every layer keeps (fewer where the layer has fewer)."""
+    head_multiple: int = 1
+    """Kept heads a layer are a multiple of this."""
+    neuron_multiple: int = 64
+    """Kept neurons a layer are a multiple of this, which tensor cores like; 1 turns the rounding off."""
+    every: int = 20
+    """Optimizer steps between two looks at the coefficients."""
+    minimum_step: int = 100
+    """No draw before this many steps of search."""
+    latest_step: int = 400
+    """Draw at this step of search at the latest; the paper searches for 400 steps."""
+    window: int = 5
+    """Masks in the FIFO: the newest is compared with the `window - 1` before it."""
+    settled_distance: float = 0.1
+    """Two masks whose chance-normalised distance is at most this count as the same ticket."""
+    draws: int = 1
+    """Draws in one run; each searches anew on the model that the one before left."""
+    start: Literal["keep", "rewind"] = "keep"
+    """Weights after the draw: those of the drawing step, or the initial ones, regenerated from the seed."""
+    coefficients: Literal["fold", "freeze", "train"] = "fold"
+    """Coefficients after the last draw: folded into the weights, kept but frozen, or trained on without penalty."""
+    moments: Literal["reset", "keep"] = "reset"
+    """Optimizer moments after the draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("head_ratio", "neuron_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"ticket.{name} = {getattr(self, name)}: must lie in [0, 1)")
+        for name in (
+            "minimum_heads",
+            "minimum_neurons",
+            "head_multiple",
+            "neuron_multiple",
+            "every",
+            "draws",
+        ):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"ticket.{name} = {getattr(self, name)}: must be at least 1")
+        if self.window < 2:
+            raise SettingsError(f"ticket.window = {self.window}: at least 2 masks are needed to compare")
+        if self.penalty < 0:
+            raise SettingsError(f"ticket.penalty = {self.penalty}: must not be negative")
+        if not 0 <= self.settled_distance < 1:
+            raise SettingsError(f"ticket.settled_distance = {self.settled_distance}: must lie in [0, 1)")
+        if not 0 < self.minimum_step <= self.latest_step:
+            raise SettingsError(
+                f"ticket.minimum_step = {self.minimum_step} and ticket.latest_step = {self.latest_step}: "
+                "need 0 < minimum_step <= latest_step"
+            )
+
+    def check_shape(self, heads: Sequence[int], neurons: Sequence[int]) -> None:
+        """Raise SettingsError if a draw from layers of these widths would leave a layer with too little."""
+        families: tuple[tuple[str, Sequence[int], float, str, int, int], ...] = (
+            ("head", heads, self.head_ratio, self.head_scope, self.minimum_heads, self.head_multiple),
+            (
+                "neuron",
+                neurons,
+                self.neuron_ratio,
+                self.neuron_scope,
+                self.minimum_neurons,
+                self.neuron_multiple,
+            ),
+        )
+        for family, widths, ratio, scope, minimum, multiple in families:
+            least = [_floor(width, minimum, multiple) for width in widths]
+            if scope == "layer":
+                for layer, width in enumerate(widths):
+                    if width - round(ratio * width) < 1:
+                        raise SettingsError(
+                            f"ticket.{family}_ratio = {ratio} would remove all {width} {family}s of layer {layer}; "
+                            f"use at most {(width - 1) / width:.2f}"
+                        )
+            elif sum(widths) - round(ratio * sum(widths)) < sum(least):
+                raise SettingsError(
+                    f"ticket.{family}_ratio = {ratio} keeps {sum(widths) - round(ratio * sum(widths))} {family}s, but "
+                    f"{len(widths)} layers with at least {least[0]} each need {sum(least)}; lower the ratio or "
+                    f"ticket.minimum_{family}s"
+                )
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Which heads and neurons stay, where that was decided, and the distances that led to it."""
+
+    step: int
+    heads: Kept
+    neurons: Kept
+    head_widths: tuple[int, ...]
+    """Heads a layer before the draw."""
+    neuron_widths: tuple[int, ...]
+    """Neurons a layer before the draw."""
+    reason: str = ""
+    distances: tuple[tuple[int, float | None, float | None], ...] = ()
+    """(step, heads, neurons) of each look since the search began; None while the window fills."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides the small model's shape: the step and the kept indices."""
+        return hashlib.sha256(json.dumps([self.step, self.heads, self.neurons]).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        kept_heads, kept_neurons = sum(map(len, self.heads)), sum(map(len, self.neurons))
+        return (
+            f"step {self.step}: keep {kept_heads:,} of {sum(self.head_widths):,} heads, "
+            f"{kept_neurons:,} of {sum(self.neuron_widths):,} neurons ({self.reason})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": FORMAT_VERSION, **asdict(self), "sha256": self.sha256}
+
+    @staticmethod
+    def from_json(values: dict[str, Any], *, where: str) -> Ticket:
+        """Rebuild a ticket; raises EarlyBertError where fields are missing, out of range or do not match the hash."""
+        try:
+            if values["version"] != FORMAT_VERSION:
+                raise EarlyBertError(
+                    f"{where}: ticket format {values['version']}, this program reads {FORMAT_VERSION}; draw it again"
+                )
+            ticket = Ticket(
+                step=int(values["step"]),
+                heads=tuple(tuple(layer) for layer in values["heads"]),
+                neurons=tuple(tuple(layer) for layer in values["neurons"]),
+                head_widths=tuple(values["head_widths"]),
+                neuron_widths=tuple(values["neuron_widths"]),
+                reason=values["reason"],
+                distances=tuple((s, h, n) for s, h, n in values["distances"]),
+                settings=values["settings"],
+            )
+            stated = values["sha256"]
+        except (KeyError, TypeError) as error:
+            raise EarlyBertError(
+                f"{where}: not a ticket ({error!r}); use the ticket.json of a run"
+            ) from error
+        if ticket.sha256 != stated:
+            raise EarlyBertError(f"{where}: its content does not match its sha256 {stated}; restore the file")
+        return ticket
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Ticket:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EarlyBertError(f"{path}: cannot be read as a ticket: {error}") from error
+        return Ticket.from_json(values, where=str(path))
+
+
+def keep(
+    coefficients: Sequence[torch.Tensor], *, ratio: float, scope: str, minimum: int, multiple: int
+) -> Kept:
+    """Choose the units of one family that stay: the largest |c|, an exact count, ties to the lower index.
+
+    `coefficients`: one 1-D fp32 tensor a layer. With `multiple` 1 exactly `round(ratio * total)` units go (in each
+    layer for scope "layer", over all layers for "global", as far as `minimum` allows); otherwise each layer's width is
+    rounded to a multiple, the total staying as near as the multiple allows.
+    """
+    widths = [c.numel() for c in coefficients]
+    ranked = [c.detach().double().abs().sort(descending=True, stable=True) for c in coefficients]
+    if scope == "layer":
+        wanted = [width - round(ratio * width) for width in widths]
+        counts = [
+            _round_widths([want], [width], minimum=minimum, multiple=multiple)[0]
+            for want, width in zip(wanted, widths, strict=True)
+        ]
+    else:
+        total = sum(widths) - round(ratio * sum(widths))
+        counts = _global_counts([r.values for r in ranked], total=total, minimum=minimum, multiple=multiple)
+    return tuple(tuple(sorted(r.indices[:count].tolist())) for r, count in zip(ranked, counts, strict=True))
+
+
+def draw(
+    heads: Sequence[torch.Tensor],
+    neurons: Sequence[torch.Tensor],
+    *,
+    settings: TicketSettings,
+    step: int,
+    reason: str = "",
+    distances: Sequence[tuple[int, float | None, float | None]] = (),
+) -> Ticket:
+    """Draw the ticket from fp32 coefficients (one 1-D tensor a layer for each family)."""
+    kept_heads, kept_neurons = masks(heads, neurons, settings=settings)
+    return Ticket(
+        step=step,
+        heads=kept_heads,
+        neurons=kept_neurons,
+        head_widths=tuple(c.numel() for c in heads),
+        neuron_widths=tuple(c.numel() for c in neurons),
+        reason=reason,
+        distances=tuple(distances),
+        settings=as_dict(settings),
+    )
+
+
+def masks(
+    heads: Sequence[torch.Tensor], neurons: Sequence[torch.Tensor], *, settings: TicketSettings
+) -> tuple[Kept, Kept]:
+    """Both families' kept indices under `settings`."""
+    return (
+        keep(
+            heads,
+            ratio=settings.head_ratio,
+            scope=settings.head_scope,
+            minimum=settings.minimum_heads,
+            multiple=settings.head_multiple,
+        ),
+        keep(
+            neurons,
+            ratio=settings.neuron_ratio,
+            scope=settings.neuron_scope,
+            minimum=settings.minimum_neurons,
+            multiple=settings.neuron_multiple,
+        ),
+    )
+
+
+def distance(a: Kept, b: Kept, *, widths: Sequence[int]) -> float:
+    """Chance-normalised Hamming distance of two masks of one family over layers of these widths (0 same, 1 chance).
+
+    The chance level is that of two independent masks with the shares p and q removed: p(1-q) + q(1-p).
+    """
+    total = sum(widths)
+    differing = sum(len(set(x) ^ set(y)) for x, y in zip(a, b, strict=True))
+    removed_a = 1 - sum(map(len, a)) / total
+    removed_b = 1 - sum(map(len, b)) / total
+    chance = removed_a * (1 - removed_b) + removed_b * (1 - removed_a)
+    return differing / total / chance if chance else 0.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """The masks at one step of the search."""
+
+    step: int
+    heads: Kept
+    neurons: Kept
+
+
+@dataclass(frozen=True)
+class Search:
+    """The detector as a value: `observe` returns the next one. It fits in JSON and so in a checkpoint's manifest."""
+
+    began: int = 0
+    """Step at which this search began (0, or the step of the draw before)."""
+    looks: tuple[Look, ...] = ()
+    """The newest masks, oldest first, at most `window`."""
+    distances: tuple[tuple[int, float | None, float | None], ...] = ()
+    verdict: str | None = None
+    """Why to draw now, or None."""
+
+    def due(self, step: int, *, settings: TicketSettings) -> bool:
+        """True at the steps at which the coefficients are to be looked at."""
+        since = step - self.began
+        return since > 0 and (since % settings.every == 0 or since == settings.latest_step)
+
+    def observe(
+        self,
+        step: int,
+        heads: Sequence[torch.Tensor],
+        neurons: Sequence[torch.Tensor],
+        *,
+        settings: TicketSettings,
+    ) -> Search:
+        """Look at the fp32 coefficients after optimizer step `step` and judge.
+
+        Heads and neurons are judged apart and both must have settled: the largest distance from the newest mask to
+        the `window - 1` before it is at most `settled_distance`. Never before `minimum_step`, at `latest_step` in any
+        case. A family without any spread has said nothing yet and has not settled.
+        """
+        kept_heads, kept_neurons = masks(heads, neurons, settings=settings)
+        looks = (*self.looks, Look(step, kept_heads, kept_neurons))[-settings.window :]
+        newest, older = looks[-1], looks[:-1]
+        widths_h, widths_n = [c.numel() for c in heads], [c.numel() for c in neurons]
+        full = len(looks) == settings.window
+        far_h = max((distance(newest.heads, o.heads, widths=widths_h) for o in older), default=None)
+        far_n = max((distance(newest.neurons, o.neurons, widths=widths_n) for o in older), default=None)
+        since = step - self.began
+        settled = (
+            full
+            and far_h is not None
+            and far_n is not None
+            and max(far_h, far_n) <= settings.settled_distance
+            and _spread(heads)
+            and _spread(neurons)
+        )
+        verdict = None
+        if settled and since >= settings.minimum_step:
+            verdict = f"settled: distance {far_h:.3f} heads, {far_n:.3f} neurons"
+        elif since >= settings.latest_step:
+            verdict = f"latest step {settings.latest_step} of the search reached"
+        return replace(self, looks=looks, distances=(*self.distances, (step, far_h, far_n)), verdict=verdict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Search:
+        looks = tuple(
+            Look(look["step"], tuple(map(tuple, look["heads"])), tuple(map(tuple, look["neurons"])))
+            for look in values["looks"]
+        )
+        distances = tuple((s, h, n) for s, h, n in values["distances"])
+        return Search(values["began"], looks, distances, values["verdict"])
+
+
+def _spread(coefficients: Sequence[torch.Tensor]) -> bool:
+    every = torch.cat([c.detach().double().abs().flatten() for c in coefficients])
+    return bool(every.max() > every.min())
+
+
+def _floor(width: int, minimum: int, multiple: int) -> int:
+    """The least width that a layer of `width` units may keep: a multiple that is at least `minimum`, or all."""
+    return min(width, -(-minimum // multiple) * multiple)
+
+
+def _round_widths(wanted: list[int], widths: list[int], *, minimum: int, multiple: int) -> list[int]:
+    """Round each wanted width down to a multiple, then hand the remainder out, largest remainder first."""
+    counts = [
+        min(width, max(_floor(width, minimum, multiple), want // multiple * multiple))
+        for want, width in zip(wanted, widths, strict=True)
+    ]
+    order = sorted(range(len(wanted)), key=lambda layer: (counts[layer] - wanted[layer], layer))
+    for layer in order:
+        if sum(wanted) - sum(counts) < (multiple + 1) // 2:
+            break
+        counts[layer] = min(widths[layer], counts[layer] + multiple)
+    return counts
+
+
+def _global_counts(values: list[torch.Tensor], *, total: int, minimum: int, multiple: int) -> list[int]:
+    """How many of each layer's units are among the `total` largest, every layer keeping its minimum first.
+
+    `values[layer]`: |c| descending. Ties go to the lower layer, then to the lower index.
+    """
+    widths = [v.numel() for v in values]
+    least = [_floor(width, minimum, multiple) for width in widths]
+    rest = torch.cat([v[low:] for v, low in zip(values, least, strict=True)])
+    layer_of = torch.cat(
+        [
+            torch.full((width - low,), layer)
+            for layer, (width, low) in enumerate(zip(widths, least, strict=True))
+        ]
+    )
+    chosen = rest.sort(descending=True, stable=True).indices[: max(0, total - sum(least))]
+    extra = torch.bincount(layer_of[chosen].long(), minlength=len(widths)).tolist()
+    wanted = [low + more for low, more in zip(least, extra, strict=True)]
+    return _round_widths(wanted, widths, minimum=minimum, multiple=multiple)

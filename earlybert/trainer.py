@@ -1,0 +1,426 @@
+"""The pretraining run: one loop over optimizer steps, from an empty folder or from the newest good checkpoint.
+
+Everything random is keyed by (seed, step, micro-batch, rank) or by (seed, epoch, sample), and the data position is a pure
+function of the step, so a resumed run repeats the interrupted one to the last bit. What the ranks must agree on (stop,
+broken numbers) travels in the one reduction a step that also sums the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from earlybert import checkpoint, dist, mechanics, run, schedule
+from earlybert.config import EarlyBertError
+from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches
+from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, check_config, initialize
+from earlybert.experiment import Experiment
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.monitor import Monitor, duration, progress_line
+from earlybert.schedule import At
+from earlybert.shards import Corpus, tokenizer_sha256
+
+STOPPED = 143
+"""Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
+
+
+@dataclass
+class _Sums:
+    """Sums since the last progress line; stored in checkpoints, so that a line may span a resume."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    counted: float = 0.0
+    micro_batches: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Memory:
+    """What the trainer itself must remember across a resume; everything else follows from the step."""
+
+    sums: _Sums = field(default_factory=_Sums)
+    trained_seconds: float = 0.0
+    """Time in training steps and draws, evaluations and saves not counted."""
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    """{step: held-out loss}."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    stopped: bool
+    """True where a signal ended it before its last step."""
+    eval_losses: dict[int, float]
+    """{step: held-out loss}."""
+
+
+def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: str) -> Result:
+    """Run an experiment to its end, or until SIGTERM or SIGINT. Collective.
+
+    `mechanics_values` is the DeepSpeed JSON, `where` the experiment file's name for messages. Raises EarlyBertError for
+    whatever the user can mend, before the first step wherever it can be known by then.
+    """
+    trainer = _Trainer(experiment, mechanics_values, where=where)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class _Trainer:
+    def __init__(self, experiment: Experiment, mechanics_values: dict[str, Any], *, where: str) -> None:
+        self.experiment, self.mechanics = experiment, mechanics_values
+        self.stage = mechanics.stage_of(mechanics_values)
+        self.precision = mechanics.precision_of(mechanics_values)
+        self.total = schedule.total_steps(experiment.phases)
+        self.monitor: Monitor | None = None
+        self.memory = _Memory()
+        self.stop_requested = False
+        run.check_cores()
+        for phase in range(len(experiment.phases)):
+            check_config(self._deepspeed_config(phase), where=experiment.deepspeed)
+        self.corpus = Corpus.open(experiment.data.corpus, verify="size")
+        vocabulary = self.corpus.manifest.vocab_size
+        check_vocabulary(
+            self.corpus,
+            vocab_size=vocabulary,
+            tokenizer_sha256=tokenizer_sha256(self.corpus.tokenizer_folder),
+        )
+        self.samples = {
+            (split, length): PackedSamples(
+                self.corpus,
+                settings=experiment.data,
+                sequence_length=length,
+                seed=experiment.seed,
+                split=split,
+            )
+            for split in ("train", "held_out")
+            for length in sorted({phase.sequence_length for phase in experiment.phases})
+        }
+        corpus = self.corpus.manifest.fingerprint
+        self.folder = run.claim(experiment, mechanics_values, corpus=corpus, where=where)
+        self.found = checkpoint.newest_good(self.folder / "checkpoints")
+        if self.found is not None:
+            manifest = self.found.manifest
+            if manifest.experiment != experiment.fingerprint or manifest.corpus != corpus:
+                raise EarlyBertError(
+                    f"{self.found.folder} belongs to another experiment or corpus; remove it or restore its own"
+                )
+            checkpoint.same_layout(manifest, stage=self.stage, precision=self.precision)
+        self.step = 0 if self.found is None else self.found.manifest.step
+        self.phase = self._at(self.step).phase
+        self.engine = self._start_engine()
+
+    def run(self) -> Result:
+        if dist.rank() == 0:
+            self.monitor = Monitor(self.folder, resume_step=None if self.found is None else self.step)
+            self._write_ticket()
+        self._announce()
+        if self.found is None:
+            eval_loss = self._evaluate()
+            if self.monitor is not None:
+                self.monitor.record({"step": 0, "phase": 0, "eval_loss": eval_loss})
+        stopped = False
+        with self._signals():
+            while self.step < self.total and not stopped:
+                at = self._at(self.step)
+                if at.phase != self.phase:
+                    self._change_phase(at)
+                with contextlib.closing(self._loader(at)) as batches:
+                    stopped = self._train_phase(batches)
+        if stopped:
+            self._say(f"stopped at step {self.step:,} after a checkpoint; the same command goes on from here")
+        else:
+            self._say(f"done: {self.total:,} steps, {duration(self.memory.trained_seconds)} of training")
+        return Result(self.step, stopped, {int(k): v for k, v in self.memory.eval_losses.items()})
+
+    def close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+    # --- the loop ---
+
+    def _train_phase(self, batches: Iterator[dict[str, torch.Tensor]]) -> bool:
+        """Train to the end of the current phase; return True where a signal stopped it."""
+        settings = self.experiment
+        while self.step < self.total:
+            at = self._at(self.step)
+            if at.phase != self.phase:
+                return False
+            draws = len(self.engine.progress.tickets)
+            stop = self._train_step(batches, at)
+            drawn = len(self.engine.progress.tickets) > draws
+            end = at.step_in_phase + 1 == at.settings.steps
+            if drawn:
+                self._tell_draw()
+            evaluate = drawn or self.step == self.total or self.step % settings.evaluate.every == 0
+            eval_loss = self._evaluate() if evaluate else None
+            if evaluate or end or self.step % settings.log_every == 0:
+                self._log(at, eval_loss=eval_loss)
+            if stop or drawn or self.step == self.total or self.step % settings.checkpoint.every == 0:
+                self._save()
+            if stop and self.step < self.total:
+                return True
+        return False
+
+    def _train_step(self, batches: Iterator[dict[str, torch.Tensor]], at: At) -> bool:
+        """Take one optimizer step; return True where any rank was asked to stop. Collective."""
+        began = time.perf_counter()
+        engine, device = self.engine, self._device()
+        engine.learning_rate = at.learning_rate
+        accumulation = at.settings.accumulation(world_size=dist.world_size())
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        for micro in range(accumulation):
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            torch.manual_seed(_key(self.experiment.seed, self.step, micro, dist.rank()))
+            output = engine(**batch)
+            engine.backward(output.loss)
+            sums[:3] += torch.stack(
+                [output.loss.detach().double(), output.correct.double(), output.counted.double()]
+            )
+            del output  # it refers to the engine, which a draw in `step` must be able to free
+            engine.step()
+        sums[3] = float(self.stop_requested)
+        loss, correct, counted, stop = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
+        self.step += 1
+        if not math.isfinite(loss):
+            raise EarlyBertError(
+                f"the loss became {loss} at step {self.step}; lower phases.learning_rate or use bf16 instead of fp16, "
+                "and start again: the run goes on from its last checkpoint"
+            )
+        open_line, micros = self.memory.sums, accumulation * dist.world_size()
+        seconds = time.perf_counter() - began
+        open_line.loss += loss
+        open_line.correct += correct
+        open_line.counted += counted
+        open_line.micro_batches += micros
+        open_line.steps += 1
+        open_line.tokens += at.settings.batch * at.settings.sequence_length
+        open_line.seconds += seconds
+        self.memory.trained_seconds += seconds
+        return stop > 0
+
+    def _change_phase(self, at: At) -> None:
+        self.phase = at.phase
+        self.engine.reopen(
+            micro_batch=at.settings.micro_batch,
+            accumulation=at.settings.accumulation(world_size=dist.world_size()),
+        )
+        self._say(
+            f"phase {at.phase + 1}: {at.settings.steps:,} steps of {at.settings.batch:,} sequences of "
+            f"{at.settings.sequence_length} tokens, learning rate {at.settings.learning_rate:g}"
+        )
+
+    def _evaluate(self) -> float:
+        """Held-out loss, the mean over all masked positions of all ranks. Collective."""
+        at = self._at(min(self.step, self.total - 1))
+        samples = self.samples["held_out", at.settings.sequence_length]
+        batches = held_out_batches(
+            samples,
+            micro_batch=at.settings.micro_batch,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            limit=self.experiment.evaluate.samples,
+        )
+        engine, device = self.engine, self._device()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        engine.eval()
+        with torch.no_grad():
+            for batch in batches:
+                batch.pop("next_sentence_label", None)  # the held-out loss is the masked-LM loss
+                output = engine(**{key: value.to(device) for key, value in batch.items()})
+                counted = output.counted.double()
+                loss = torch.where(counted > 0, output.loss.double() * counted, 0.0)
+                sums += torch.stack([loss, counted])
+        engine.train()
+        total, counted = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
+        eval_loss = total / max(1.0, counted)
+        self.memory.eval_losses[str(self.step)] = eval_loss
+        self._say(f"step {self.step:>7,}/{self.total:,}  held-out loss {eval_loss:.4f}")
+        return eval_loss
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.engine,
+            self.folder / "checkpoints",
+            step=self.step,
+            experiment=self.experiment.fingerprint,
+            corpus=self.corpus.manifest.fingerprint,
+            stage=self.stage,
+            precision=self.precision,
+            trainer=asdict(self.memory),
+            keep=self.experiment.checkpoint.keep,
+        )
+
+    # --- start ---
+
+    def _start_engine(self) -> Engine:
+        """The dense model from its seed, or the shape and state of the checkpoint."""
+        settings, found = self.experiment, self.found
+        if found is None:
+            dense = settings.model.config(
+                vocab_size=self.corpus.manifest.vocab_size,
+                next_sentence=settings.data.objective != "mlm",
+                coefficients="train" if settings.ticket.enabled else "none",
+            )
+            model, progress = seeded_model(dense, seed=settings.seed), Progress()
+        else:
+            # The true shape stands in the manifest: build it, then load DeepSpeed's shards into it.
+            model = EarlyBertForPreTraining(EarlyBertConfig.from_dict(found.manifest.model))
+            progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
+        engine = initialize(
+            model=model,
+            config=self._deepspeed_config(self.phase),
+            early_bird=EarlyBird(settings=settings.ticket, seed=settings.seed),
+            optimizer=self._optimizer,
+            weight_decay=settings.optimizer.weight_decay,
+            progress=progress,
+        )
+        if found is not None:
+            checkpoint.load(engine, found)
+            stored = found.manifest.trainer
+            self.memory = _Memory(
+                _Sums(**stored["sums"]), stored["trained_seconds"], dict(stored["eval_losses"])
+            )
+        return engine
+
+    def _deepspeed_config(self, phase: int) -> dict[str, Any]:
+        settings = self.experiment.phases[phase]
+        return mechanics.complete(
+            self.mechanics,
+            micro_batch=settings.micro_batch,
+            accumulation=settings.accumulation(world_size=dist.world_size()),
+            clipping=self.experiment.optimizer.clipping,
+        )
+
+    def _optimizer(self, groups: ParameterGroups) -> torch.optim.Optimizer:
+        """torch's own AdamW, fused: its bias correction is a function of the step count, so a resume is exact."""
+        settings = self.experiment.optimizer
+        betas = (settings.betas[0], settings.betas[1])
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.epsilon, fused=True)
+
+    def _loader(self, at: At) -> Loader:
+        samples = self.samples["train", at.settings.sequence_length]
+        return Loader(
+            samples,
+            micro_batch=at.settings.micro_batch,
+            accumulation=at.settings.accumulation(world_size=dist.world_size()),
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            position=samples.position(at.samples_before),
+            workers=self.experiment.data.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While training, SIGTERM and SIGINT ask for a checkpoint and a stop at the next step."""
+
+        def request(number: int, _frame: Any) -> None:
+            self.stop_requested = True
+
+        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- what is shown ---
+
+    def _log(self, at: At, *, eval_loss: float | None) -> None:
+        """Close the open line: the mean over all ranks and micro-batches since the last one."""
+        sums, self.memory.sums = self.memory.sums, _Sums()
+        if self.monitor is None:
+            return
+        engine = self.engine
+        distances = engine.progress.search.distances if engine.searching else ()
+        tickets = engine.progress.tickets
+        if tickets and tickets[-1].step == self.step:
+            distances = tickets[-1].distances
+        far_heads, far_neurons = distances[-1][1:] if distances else (None, None)
+        norm = engine.get_global_grad_norm()
+        config = engine.module.config
+        values = {
+            "step": self.step,
+            "phase": self.phase,
+            "loss": sums.loss / sums.micro_batches,
+            "mlm_accuracy": sums.correct / max(1.0, sums.counted),
+            "lr": at.learning_rate,
+            "grad_norm": None if norm is None else float(norm),
+            "tokens_per_second": sums.tokens / sums.seconds,
+            "step_seconds": sums.seconds / sums.steps,
+            "mask_distance_heads": far_heads,
+            "mask_distance_neurons": far_neurons,
+            "heads_kept": sum(config.heads_per_layer),
+            "neurons_kept": sum(config.neurons_per_layer),
+            "parameters": _parameter_count(engine.module),
+        }
+        if eval_loss is not None:
+            values["eval_loss"] = eval_loss
+        self.monitor.record(values)
+        left = (self.total - self.step) * sums.seconds / sums.steps
+        self.monitor.say(progress_line(values, total_steps=self.total, eta_seconds=left))
+
+    def _announce(self) -> None:
+        config = self.engine.module.config
+        shape = (
+            f"{_parameter_count(self.engine.module):,} parameters, {sum(config.heads_per_layer)} heads, "
+            f"{sum(config.neurons_per_layer):,} neurons in {config.num_hidden_layers} layers"
+        )
+        start = "from its seed" if self.found is None else f"from {self.found.folder}"
+        self._say(
+            f"{self.experiment.name}: {shape}; {dist.world_size()} ranks, ZeRO-{self.stage}, {self.precision}; "
+            f"step {self.step:,} of {self.total:,}, {start}"
+        )
+
+    def _tell_draw(self) -> None:
+        ticket, seconds = self.engine.ticket, self.engine.draw_seconds
+        assert ticket is not None
+        parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        self._say(f"drew the ticket at {ticket}; pause {sum(seconds.values()):.2f} s ({parts})")
+        if self.monitor is not None:
+            self._write_ticket()
+
+    def _write_ticket(self) -> None:
+        """Write ticket.json, or remove one that a run before this resume had drawn later than here. Rank 0 only."""
+        path = self.folder / "ticket.json"
+        if self.engine.ticket is not None:
+            self.engine.ticket.save(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
+
+    # --- small things ---
+
+    def _at(self, step: int) -> At:
+        return schedule.at(min(step, self.total - 1), phases=self.experiment.phases)
+
+    def _device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+
+def _parameter_count(module: torch.nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+def _key(*numbers: int) -> int:
+    """A 63-bit seed from a tuple of numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

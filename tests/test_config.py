@@ -1,0 +1,88 @@
+import tomllib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from earlybert.config import (
+    SettingsError,
+    as_dict,
+    override,
+    parse,
+    read_json,
+    read_toml,
+    to_toml,
+    write_atomically,
+)
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    rate: float = 1.0
+    many: tuple[Inner, ...] = ()
+    name: str | None = None
+    flags: tuple[float, ...] = field(default=(1.0,))
+
+
+GOOD = {"inner": {"size": 3}, "rate": 2, "many": [{"size": 1}, {"size": 2, "kind": "b"}], "name": "x"}
+
+
+def test_settings_survive_toml():
+    settings = parse(Outer, GOOD, where="f")
+    assert settings.rate == 2.0 and settings.many[1].kind == "b"
+    assert parse(Outer, tomllib.loads(to_toml(as_dict(settings))), where="again") == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rat": 1}, "f: unknown setting 'rat'; did you mean 'rate'"),
+        ({"inner": {"sise": 1, "size": 1}}, "f: inner: unknown setting 'sise'; did you mean 'size'"),
+        ({"inner": {}}, "the setting 'size' is missing"),
+        ({"inner": {"size": "3"}}, "size = '3': expected a whole number"),
+        ({"inner": {"size": True}}, "expected a whole number"),
+        ({"inner": {"size": 1, "kind": "c"}}, "choose one of 'a', 'b'"),
+        ({"many": {"size": 1}}, "expected a list"),
+    ],
+)
+def test_a_mistake_names_the_place_the_value_and_the_remedy(change, says):
+    with pytest.raises(SettingsError, match=says):
+        parse(Outer, {**GOOD, **change}, where="f")
+
+
+def test_overrides_reach_into_tables_and_arrays():
+    values = override(GOOD, ["inner.size=9", "many.0.kind=b", "name=some text", "rate=1e-3"])
+    assert values["inner"]["size"] == 9 and values["many"][0]["kind"] == "b"
+    assert values["name"] == "some text" and values["rate"] == 1e-3
+    assert GOOD["inner"]["size"] == 3
+    with pytest.raises(SettingsError, match="many.7"):
+        override(GOOD, ["many.7.size=1"])
+    with pytest.raises(SettingsError, match="key=value"):
+        override(GOOD, ["steps"])
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(SettingsError, match="missing.toml"):
+        read_toml(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(SettingsError, match="bad.toml: not valid TOML"):
+        read_toml(tmp_path / "bad.toml")
+    (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(SettingsError, match="'a' stands twice"):
+        read_json(tmp_path / "twice.json")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_atomically(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"

@@ -1,0 +1,56 @@
+"""The house's rule: imports point down, and heavy packages stay in their rooms (DESIGN: rooms and floors)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    0: {"config", "dist", "shards", "mechanics"},
+    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket"},
+    2: {"shrink", "state", "experiment"},
+    3: {"engine", "checkpoint", "monitor", "run"},
+    4: {"trainer"},
+    5: {"export"},
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "tensorboard": {"monitor"}}
+GROUND = "config"
+# A floor has an order inside it where one room stands on another.
+SAME_FLOOR = {("state", "shrink"), ("checkpoint", "engine"), ("data", "order"), ("data", "masking"), ("data", "packing"),
+              ("packing", "order"), ("packing", "masking"), ("masking", "order")}  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "earlybert").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    room = path.stem
+    if room == "__init__":
+        return
+    assert room in FLOOR_OF, f"{room} has no floor: give it one"
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] != "data_prep", f"{room} imports {name}"
+        for heavy, rooms in ONLY_IN.items():
+            assert heavy not in parts or room in rooms, f"{room} imports {name}"
+        if parts[0] == "earlybert" and len(parts) > 1 and parts[1] in FLOOR_OF:
+            lower = FLOOR_OF[parts[1]] < FLOOR_OF[room] or parts[1] == GROUND
+            below = lower or (room, parts[1]) in SAME_FLOOR
+            assert below, f"{room} (floor {FLOOR_OF[room]}) imports {name} (floor {FLOOR_OF[parts[1]]})"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_prep").glob("*.py")), ids=lambda path: path.stem)
+def test_data_preparation_stands_on_the_ground_floor_only(path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "earlybert":
+            assert parts[1] in {"config", "shards"}, f"{path.stem} imports {name}"
+        assert parts[0] not in {"torch", "deepspeed"}, f"{path.stem} imports {name}"

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from earlybert import mechanics
+from earlybert.config import SettingsError
+
+SHIPPED = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_is_mechanics_only(path):
+    values, where = mechanics.load(path)
+    mechanics.check(values, where=where, experiment="experiment.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            {"zero_optimisation": {"stage": 2}},
+            "unknown setting 'zero_optimisation'; did you mean 'zero_optimization'",
+        ),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage = "auto"'),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled = "auto"'),
+        ({"train_batch_size": 8}, "train_batch_size = 8 is owned by the experiment.*phases.batch in e.toml"),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer = .* is owned by the experiment.*\[optimizer\]"),
+        ({"gradient_clipping": 1.0}, "optimizer.clipping"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
+        ({"zero_optimization": {"stage": 4}}, "choose 0, 1, 2 or 3"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_what_stands_twice_is_refused(values, says):
+    with pytest.raises(SettingsError, match=says):
+        mechanics.check(values, where="ds.json", experiment="e.toml")
+
+
+def test_a_script_of_its_own_may_set_the_batch_in_its_json():
+    mechanics.check({"train_batch_size": 8, "optimizer": {"type": "Adam"}}, where="ds.json")

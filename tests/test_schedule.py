@@ -1,0 +1,54 @@
+import pytest
+
+from earlybert import schedule
+from earlybert.config import SettingsError
+from earlybert.schedule import PhaseSettings
+
+FIRST = PhaseSettings(steps=100, sequence_length=128, batch=64, micro_batch=8, learning_rate=1e-3, warmup=0.1)
+LONG = PhaseSettings(steps=50, sequence_length=512, batch=32, micro_batch=4, learning_rate=4e-4, warmup=0.2)
+
+
+def test_the_rate_rises_linearly_to_its_peak_and_falls_to_its_end():
+    rates = [FIRST.rate(step) for step in range(100)]
+    assert (
+        rates[0] == pytest.approx(1e-4)
+        and rates[9] == pytest.approx(1e-3)
+        and rates[10] == pytest.approx(1e-3)
+    )
+    assert all(a <= b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] == pytest.approx(1e-3 / 90)
+
+
+def test_polynomial_decay_is_the_power_of_what_is_left():
+    phase = PhaseSettings(
+        steps=100,
+        sequence_length=128,
+        batch=8,
+        micro_batch=8,
+        learning_rate=1.0,
+        warmup=0.0,
+        decay="polynomial",
+    )
+    assert phase.rate(75) == pytest.approx(0.25**0.5)
+
+
+def test_a_step_knows_its_phase_and_its_place_in_the_data():
+    phases = (FIRST, LONG, FIRST)
+    assert schedule.at(99, phases=phases).phase == 0
+    at = schedule.at(100, phases=phases)
+    assert (at.phase, at.step_in_phase, at.samples_before) == (1, 0, 0)
+    at = schedule.at(151, phases=phases)
+    assert (at.phase, at.samples_before) == (
+        2,
+        100 * 64 + 64,
+    )  # goes on where the first phase of that length stopped
+    with pytest.raises(IndexError):
+        schedule.at(250, phases=phases)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would():
+    phase = PhaseSettings(steps=1, sequence_length=128, batch=4096, micro_batch=48, learning_rate=1e-3)
+    with pytest.raises(SettingsError, match=r"48 x 8 ranks = 384; use batch 3840 or 4224, or micro_batch 32"):
+        phase.accumulation(world_size=8)
+    assert FIRST.accumulation(world_size=4) == 2
