@@ -1,0 +1,491 @@
+"""EarlyBERT: a BERT encoder whose layers may differ in heads and neurons, with one coefficient a head and a neuron.
+
+The shape is data: `EarlyBertConfig` holds heads and neurons per layer, so a shrunken model is built from its config and
+loaded strictly. Parameter names are those of Hugging Face's `BertForPreTraining`, so its weights load here.
+
+The surprise: the masked-LM head runs on masked positions only. With `masked_positions` given, `prediction_logits` has a
+row for each of them, not for each token. This file imports nothing of its package: an export carries a copy of it.
+
+Shapes: B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head size, F neurons, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+IGNORED = -100
+COEFFICIENTS = ("none", "train", "freeze")
+_ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+class EarlyBertConfig(PretrainedConfig):
+    """Shape and settings of an EarlyBERT; `*_per_layer` hold the true widths, the scalars those of the dense model."""
+
+    model_type = "earlybert"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        head_size: int | None = None,
+        heads_per_layer: list[int] | None = None,
+        neurons_per_layer: list[int] | None = None,
+        coefficients: str = "none",
+        next_sentence: bool = False,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        max_position_embeddings: int = 512,
+        type_vocab_size: int = 2,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        pad_token_id: int | None = 0,
+        tie_word_embeddings: bool = True,
+        **others: Any,
+    ) -> None:
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(f"coefficients = {coefficients!r}: choose one of {', '.join(COEFFICIENTS)}")
+        if hidden_act not in _ACTIVATIONS:
+            raise ValueError(f"hidden_act = {hidden_act!r}: choose one of {', '.join(_ACTIVATIONS)}")
+        if head_size is None and hidden_size % num_attention_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.head_size = head_size or hidden_size // num_attention_heads
+        self.heads_per_layer = _per_layer(heads_per_layer, num_attention_heads, num_hidden_layers, "heads_per_layer")
+        self.neurons_per_layer = _per_layer(
+            neurons_per_layer, intermediate_size, num_hidden_layers, "neurons_per_layer"
+        )
+        self.coefficients = coefficients
+        self.next_sentence = next_sentence
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **others)
+        self.pad_token_id = pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+
+    def dense(self) -> EarlyBertConfig:
+        """The configuration before any draw."""
+        values = self.to_dict()
+        values.update(heads_per_layer=None, neurons_per_layer=None)
+        return type(self).from_dict(values)
+
+
+@dataclass
+class EarlyBertOutput(ModelOutput):
+    """What a forward pass returns."""
+
+    loss: torch.Tensor | None = None
+    """Mean masked-LM loss over the labelled positions, in fp32, plus the next-sentence loss where it is labelled."""
+    prediction_logits: torch.Tensor | None = None
+    """[B, P, V] with `masked_positions`, else [B, T, V]; None where only `labels` were given while training."""
+    seq_relationship_logits: torch.Tensor | None = None
+    """[B, 2]; class 1 means that the second segment does not follow the first."""
+    correct: torch.Tensor | None = None
+    """Masked positions predicted right, a scalar."""
+    counted: torch.Tensor | None = None
+    """Masked positions with a label, a scalar."""
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """`prediction_logits` under the name that pipelines use."""
+        return self.prediction_logits
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, ids_BT: torch.Tensor, types_BT: torch.Tensor | None, positions_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        if types_BT is None:
+            types_BT = torch.zeros_like(positions_BT)
+        x_BTD = self.word_embeddings(ids_BT) + self.token_type_embeddings(types_BT)
+        return self.dropout(self.LayerNorm(x_BTD + self.position_embeddings(positions_BT)))
+
+
+def attend(
+    q_BNTH: torch.Tensor, k_BNTH: torch.Tensor, v_BNTH: torch.Tensor, *, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Scaled dot-product attention; the one place where attention is computed. `mask`: bool [B, 1, 1, T] or None."""
+    return functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: EarlyBertConfig, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_size = heads, config.head_size
+        self.attention_dropout = config.attention_probs_dropout_prob
+        inner = heads * config.head_size
+        self.query = nn.Linear(config.hidden_size, inner)
+        self.key = nn.Linear(config.hidden_size, inner)
+        self.value = nn.Linear(config.hidden_size, inner)
+        self.coefficients = _coefficients(config, heads)
+
+    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        split = (*x_BTD.shape[:2], self.heads, self.head_size)
+        q, k, v = (layer(x_BTD).view(split).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        dropout = self.attention_dropout if self.training else 0.0
+        context_BTNH = attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2)
+        if self.coefficients is not None:
+            context_BTNH = context_BTNH * self.coefficients[:, None]
+        return context_BTNH.reshape(*split[:2], self.heads * self.head_size)
+
+
+class _Residual(nn.Module):
+    """Matrix, dropout, residual, LayerNorm: the end of both halves of a layer."""
+
+    def __init__(self, config: EarlyBertConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inner: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(inner)) + x_BTD)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: EarlyBertConfig, heads: int) -> None:
+        super().__init__()
+        self.self = _SelfAttention(config, heads)
+        self.output = _Residual(config, heads * config.head_size)
+
+    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return self.output(self.self(x_BTD, mask), x_BTD)
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: EarlyBertConfig, neurons: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, neurons)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.coefficients = _coefficients(config, neurons)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        inner_BTF = self.activation(self.dense(x_BTD))
+        return inner_BTF if self.coefficients is None else inner_BTF * self.coefficients
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: EarlyBertConfig, heads: int, neurons: int) -> None:
+        super().__init__()
+        self.attention = _Attention(config, heads)
+        self.intermediate = _Intermediate(config, neurons)
+        self.output = _Residual(config, neurons)
+
+    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        x_BTD = self.attention(x_BTD, mask)
+        return self.output(self.intermediate(x_BTD), x_BTD)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        shapes = zip(config.heads_per_layer, config.neurons_per_layer, strict=True)
+        self.layer = nn.ModuleList(_Layer(config, heads, neurons) for heads, neurons in shapes)
+        self.gradient_checkpointing = False
+
+    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layer:
+            if self.gradient_checkpointing and self.training:
+                x_BTD = checkpoint(layer, x_BTD, mask, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, mask)
+        return x_BTD
+
+
+class _Pooler(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(x_BTD[:, 0]))
+
+
+class _Bert(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+        self.pooler = _Pooler(config) if config.next_sentence else None
+
+    def forward(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        types_BT: torch.Tensor | None,
+        positions_BT: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
+        x_BTD = self.encoder(self.embeddings(ids_BT, types_BT, positions_BT), mask)
+        return x_BTD, None if self.pooler is None else self.pooler(x_BTD)
+
+
+class _Transform(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.activation(self.dense(x)))
+
+
+class _Predictions(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        self.transform = _Transform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(x))
+
+
+class _Heads(nn.Module):
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__()
+        self.predictions = _Predictions(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2) if config.next_sentence else None
+
+
+class EarlyBertForPreTraining(PreTrainedModel):
+    """The encoder with the masked-LM head and, with `config.next_sentence`, the next-sentence head."""
+
+    config_class = EarlyBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _tied_weights_keys = {  # noqa: RUF012 - the base class's own declaration
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__(config)
+        self.bert = _Bert(config)
+        self.cls = _Heads(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bert.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.bert.embeddings.word_embeddings = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.cls.predictions.decoder = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+        masked_labels: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        **_: Any,
+    ) -> EarlyBertOutput:
+        """Run the encoder and the heads.
+
+        `input_ids`, `attention_mask` (1 real, 0 padding), `token_type_ids`, `position_ids`, `labels`: [B, T];
+        `masked_positions`, `masked_labels`: [B, P], positions within the row; `next_sentence_label`: [B]. A label of
+        -100 is not counted. Give either `masked_positions` (the head then runs on those rows only) or `labels`.
+        """
+        x_BTD, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        if masked_positions is not None:
+            first_B1 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None] * x_BTD.shape[1]
+            chosen = (first_B1 + masked_positions).flatten()
+            logits = self.cls.predictions(x_BTD.flatten(0, 1).index_select(0, chosen))
+            targets = None if masked_labels is None else masked_labels.flatten()
+            shape = masked_positions.shape
+        else:
+            logits = self.cls.predictions(x_BTD.flatten(0, 1))
+            targets = None if labels is None else labels.flatten()
+            shape = input_ids.shape
+        output = EarlyBertOutput(prediction_logits=logits.view(*shape, -1))
+        if targets is not None:
+            counted = (targets != IGNORED).sum()
+            total = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+            # A rank's share of a held-out set may hold no label at all: its loss is 0, not 0 / 0.
+            output.loss = total / counted.clamp(min=1)
+            output.correct = (logits.detach().argmax(-1) == targets).sum()
+            output.counted = counted
+        if pooled_BD is not None and self.cls.seq_relationship is not None:
+            output.seq_relationship_logits = self.cls.seq_relationship(pooled_BD)
+            if next_sentence_label is not None:
+                told = (next_sentence_label != IGNORED).sum().clamp(min=1)
+                pair = functional.cross_entropy(
+                    output.seq_relationship_logits.float(),
+                    next_sentence_label,
+                    ignore_index=IGNORED,
+                    reduction="sum",
+                )
+                output.loss = pair / told if output.loss is None else output.loss + pair / told
+        return output
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Hugging Face BERT's initial values; runs for what a checkpoint does not bring."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, _Predictions):
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, (_SelfAttention, _Intermediate)) and module.coefficients is not None:
+            nn.init.ones_(module.coefficients)
+
+
+class EarlyBertForMaskedLM(EarlyBertForPreTraining):
+    """The same model without the next-sentence head, under the name that `AutoModelForMaskedLM` looks for."""
+
+    def __init__(self, config: EarlyBertConfig) -> None:
+        if config.next_sentence:
+            config = type(config).from_dict({**config.to_dict(), "next_sentence": False})
+        super().__init__(config)
+
+
+def seeded_model(config: EarlyBertConfig, *, seed: int) -> EarlyBertForPreTraining:
+    """A model whose initial weights are a pure function of (seed, parameter name, shape); fp32 on the host."""
+    with torch.random.fork_rng():
+        model = EarlyBertForPreTraining(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, config, seed=seed))
+    return model
+
+
+def initial_value(name: str, config: EarlyBertConfig, *, seed: int) -> torch.Tensor:
+    """The initial value of one parameter of `seeded_model(config, seed=seed)`, without building the model.
+
+    So a ticket that rewinds regenerates the dense weights one parameter at a time. Raises KeyError for unknown names.
+    """
+    shape = _shape(name, config)
+    if name.endswith(("LayerNorm.weight", ".coefficients")):
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+    if name.endswith("word_embeddings.weight") and config.pad_token_id is not None:
+        value[config.pad_token_id] = 0
+    return value
+
+
+def encoder_flops_per_token(config: EarlyBertConfig, *, sequence_length: int) -> float:
+    """Matrix work of one token's forward pass through the encoder, a multiply-add counted as 2."""
+    total = 0
+    for heads, neurons in zip(config.heads_per_layer, config.neurons_per_layer, strict=True):
+        inner = heads * config.head_size
+        total += 2 * 4 * config.hidden_size * inner  # query, key, value, output projection
+        total += 2 * 2 * sequence_length * inner  # scores and their product with the values
+        total += 2 * 2 * config.hidden_size * neurons
+    return float(total)
+
+
+def _coefficients(config: EarlyBertConfig, count: int) -> nn.Parameter | None:
+    if config.coefficients == "none":
+        return None
+    return nn.Parameter(torch.ones(count), requires_grad=config.coefficients == "train")
+
+
+def _per_layer(widths: list[int] | None, dense: int, layers: int, what: str) -> list[int]:
+    if widths is None:
+        return [dense] * layers
+    if len(widths) != layers or not all(0 < width <= dense for width in widths):
+        raise ValueError(f"{what} = {list(widths)}: need {layers} numbers from 1 to {dense}")
+    return list(widths)
+
+
+def _shape(name: str, config: EarlyBertConfig) -> tuple[int, ...]:
+    """Shape of a parameter by its name."""
+    width, vocabulary = config.hidden_size, config.vocab_size
+    fixed: Mapping[str, tuple[int, ...]] = {
+        "bert.embeddings.word_embeddings.weight": (vocabulary, width),
+        "bert.embeddings.position_embeddings.weight": (config.max_position_embeddings, width),
+        "bert.embeddings.token_type_embeddings.weight": (config.type_vocab_size, width),
+        "bert.pooler.dense.weight": (width, width),
+        "cls.predictions.bias": (vocabulary,),
+        "cls.predictions.decoder.weight": (vocabulary, width),
+        "cls.predictions.decoder.bias": (vocabulary,),
+        "cls.predictions.transform.dense.weight": (width, width),
+        "cls.seq_relationship.weight": (2, width),
+        "cls.seq_relationship.bias": (2,),
+    }
+    if name in fixed:
+        return fixed[name]
+    if ".encoder.layer." not in name:
+        return (width,)  # LayerNorms and the biases of the square matrices
+    layer, _, tail = name.partition(".encoder.layer.")[2].partition(".")
+    inner, neurons = config.heads_per_layer[int(layer)] * config.head_size, config.neurons_per_layer[int(layer)]
+    part = tail.rpartition(".")[0]
+    shapes: Mapping[str, tuple[int, int]] = {
+        "attention.output.dense": (width, inner),
+        "intermediate.dense": (neurons, width),
+        "output.dense": (width, neurons),
+        **{f"attention.self.{which}": (inner, width) for which in ("query", "key", "value")},
+    }
+    if tail == "attention.self.coefficients":
+        return (config.heads_per_layer[int(layer)],)
+    if tail == "intermediate.coefficients":
+        return (neurons,)
+    if part.endswith("LayerNorm"):
+        return (width,)
+    return shapes[part] if tail.endswith("weight") else shapes[part][:1]
+
+
+AutoConfig.register(EarlyBertConfig.model_type, EarlyBertConfig, exist_ok=True)
+AutoModelForPreTraining.register(EarlyBertConfig, EarlyBertForPreTraining, exist_ok=True)
+AutoModelForMaskedLM.register(EarlyBertConfig, EarlyBertForMaskedLM, exist_ok=True)
