@@ -1,0 +1,180 @@
+"""The draw under every ZeRO stage, with real processes: exact, agreed on, and nothing of the old engine left."""
+
+import gc
+import weakref
+
+import pytest
+import ranks
+import tiny
+import torch
+
+from earlybert import dist, state
+from earlybert.shrink import bert_layers, cut, index_map
+
+COMBINATIONS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+def live_bytes():
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def whole(engine):
+    """{name: {"master" | moment: whole tensor}} of an engine."""
+    return {name: {k: v.clone() for k, v in t.items()} for name, t in state.whole_parameters(state.read(engine.inner))}
+
+
+def fixed_logits(engine):
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(**tiny.batch(99, 0)).prediction_logits.float().clone()
+    engine.train()
+    return logits
+
+
+# --- workers: run on every rank --------------------------------------------------------------------------------------
+
+
+def null_draw(stage, precision):
+    """Losses of 6 steps without and with a re-opened engine in the middle."""
+    one = tiny.engine(stage, precision, None, clipping=1.0, model_config=tiny.config(coefficients="none"))
+    unbroken = tiny.train(one, range(6))
+    one.close()
+    two = tiny.engine(stage, precision, None, clipping=1.0, model_config=tiny.config(coefficients="none"))
+    broken = tiny.train(two, range(3))
+    two.reopen(micro_batch=tiny.MICRO, accumulation=tiny.ACCUMULATION)
+    broken += tiny.train(two, range(3, 6))
+    steps, types = two.global_steps, type(two.optimizer).__name__
+    two.close()
+    return unbroken, broken, steps, types
+
+
+def draw_and_compare(stage, moments, coefficients):
+    """An fp32 draw against plain PyTorch on one process, which masks instead of cutting."""
+    settings = tiny.settings(moments=moments, coefficients=coefficients)
+    engine = tiny.engine(stage, "fp32", settings)
+    losses = tiny.train(engine, range(4))
+    ticket = engine.ticket
+    assert ticket is not None and ticket.step == 4, "the latest step draws"
+
+    model = tiny.seeded_model(tiny.config(), seed=7)
+    optimizer = tiny.reference_optimizer(model)
+    reference = [
+        tiny.reference_step(model, optimizer, step, ranks=dist.world_size(), penalty=settings.penalty)
+        for step in range(4)
+    ]
+    names = dict(model.named_parameters())
+    heads = [names[x.head_coefficients].detach().clone() for x in bert_layers(2)]
+    with torch.no_grad():  # mask: a unit that goes has the coefficient 0
+        for layer, kept_heads, kept_neurons in zip(bert_layers(2), ticket.heads, ticket.neurons, strict=True):
+            for name, kept in ((layer.head_coefficients, kept_heads), (layer.neuron_coefficients, kept_neurons)):
+                mask = torch.zeros_like(names[name])
+                mask[list(kept)] = 1
+                names[name].mul_(mask)
+        model.eval()
+        masked_logits = model(**tiny.batch(99, 0)).prediction_logits
+        model.train()
+    logits = fixed_logits(engine)
+    after = tiny.train(engine, range(4, 5))
+    if coefficients == "freeze":
+        for name, parameter in names.items():
+            parameter.requires_grad_(not name.endswith(".coefficients"))
+    if moments == "reset":
+        optimizer = tiny.reference_optimizer(model)
+    reference += [tiny.reference_step(model, optimizer, 4, ranks=dist.world_size(), penalty=0.0)]
+    cuts = index_map(ticket.heads, ticket.neurons, head_size=8)
+    expected = {name: cut(p.detach(), cuts.get(name)) for name, p in names.items()}
+    got = {name: tensors["master"] for name, tensors in whole(engine).items()}
+    spread = max(float((h - 1).abs().max()) for h in heads)
+    engine.close()
+    return ticket, losses + after, reference, logits, masked_logits, got, expected, spread
+
+
+def many_draws(stage, precision):
+    """Ten draws in a row that remove nothing (the shape stays, so the bytes must): weak references and live bytes."""
+    settings = tiny.settings(head_ratio=0.0, neuron_ratio=0.0, minimum_step=2, latest_step=2, draws=10)
+    engine = tiny.engine(stage, precision, settings)
+    alive, bytes_after = [], []
+    for number in range(10):
+        old = [weakref.ref(x) for x in (engine.inner, engine.inner.optimizer, engine.inner.module)]
+        output = engine(**tiny.batch(0, 0))  # a caller that still holds an output and its loss
+        kept = output.loss.detach()
+        del output
+        tiny.train(engine, range(2 * number, 2 * number + 2))
+        assert len(engine.progress.tickets) == number + 1
+        gc.collect()
+        alive += [reference() is not None for reference in old]
+        bytes_after.append(live_bytes())
+        del kept
+    searching = engine.searching
+    losses = tiny.train(engine, range(20, 22))
+    engine.close()
+    return alive, bytes_after, searching, losses
+
+
+def two_draws(stage, precision, start):
+    """Two draws with odd sizes, the second counted in terms of the dense model too."""
+    settings = tiny.settings(draws=2, start=start, moments="keep", latest_step=4)
+    engine = tiny.engine(stage, precision, settings, clipping=1.0)
+    losses = tiny.train(engine, range(8))
+    kept = engine.progress
+    config = engine.module.config
+    at_draw = whole(engine)
+    losses += tiny.train(engine, range(8, 10))
+    engine.close()
+    return kept, config.heads_per_layer, config.neurons_per_layer, config.coefficients, at_draw, losses
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_an_engine_that_is_torn_down_and_seeded_again_goes_on_bit_equal(stage, precision):
+    for unbroken, broken, steps, _ in ranks.run("test_engine:null_draw", ranks=2, stage=stage, precision=precision):
+        assert broken == unbroken
+        assert steps == 6
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("moments", "coefficients"), [("keep", "train"), ("reset", "freeze")])
+def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(stage, moments, coefficients):
+    arguments = {"stage": stage, "moments": moments, "coefficients": coefficients}
+    results = ranks.run("test_engine:draw_and_compare", ranks=2, **arguments)
+    for ticket, losses, reference, logits, masked_logits, got, expected, spread in results:
+        assert spread > 1e-3, "the coefficients have moved, or the comparison says little"
+        assert [len(x) for x in ticket.heads] == [3, 3] and sum(map(len, ticket.neurons)) == 96 - round(0.23 * 96)
+        # The L1 term of the reference stands once in the whole batch's loss: so it does not depend on ranks or micro-batches.
+        assert losses == pytest.approx(reference, abs=2e-5)
+        torch.testing.assert_close(logits, masked_logits, atol=1e-5, rtol=1e-5)
+        assert got.keys() == expected.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision):
+    for alive, bytes_after, searching, losses in ranks.run(
+        "test_engine:many_draws", ranks=2, stage=stage, precision=precision
+    ):
+        assert not any(alive)
+        assert max(bytes_after[1:-1]) - min(bytes_after[1:-1]) <= 4096, bytes_after
+        assert not searching and all(loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize(("stage", "precision", "start"), [(3, "bf16", "rewind"), (2, "fp32", "rewind"), (1, "bf16", "keep")])
+def test_a_second_draw_in_the_same_run_works(stage, precision, start):
+    results = ranks.run("test_engine:two_draws", ranks=2, stage=stage, precision=precision, start=start)
+    progress, heads, neurons, coefficients, at_draw, losses = results[0]
+    first, second = progress.tickets
+    assert (first.step, second.step) == (4, 8)
+    assert heads == [len(x) for x in second.heads] == [2, 2]
+    assert neurons == [len(x) for x in second.neurons] and second.neuron_widths == tuple(map(len, first.neurons))
+    assert coefficients == "none", "folded at the last draw"
+    assert set(progress.heads[0]) <= set(first.heads[0])
+    if start == "rewind":
+        dense = tiny.seeded_model(tiny.config(coefficients="none"), seed=7)
+        cuts = index_map(progress.heads, progress.neurons, head_size=8)
+        for name, parameter in dense.named_parameters():
+            assert torch.equal(at_draw[name]["master"], cut(parameter.detach(), cuts.get(name))), name
+    assert all(r[5] == losses and r[0].tickets[1].sha256 == second.sha256 for r in results)
