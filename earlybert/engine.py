@@ -158,6 +158,8 @@ class Engine:
         self.model_class = type(model)
         self.draw_seconds: dict[str, float] = {}
         """Parts of the last draw's pause."""
+        self.grad_norm: float | None = None
+        """Global gradient norm of the last step, before clipping; None where DeepSpeed does not tell (ZeRO-0, fp32)."""
         self._loss_scale = _LossScale()
         self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         if bird is not None and self.searching and getattr(model.config, "coefficients", "none") == "none":
@@ -196,6 +198,9 @@ class Engine:
         """
         boundary = self.inner.is_gradient_accumulation_boundary()
         self.inner.step()
+        if boundary:
+            norm = self.inner.get_global_grad_norm()
+            self.grad_norm = None if norm is None else float(norm)
         if boundary and self.searching:
             self._look()
 

@@ -352,7 +352,6 @@ class _Trainer:
         if tickets and tickets[-1].step == self.step:
             distances = tickets[-1].distances
         far_heads, far_neurons = distances[-1][1:] if distances else (None, None)
-        norm = engine.get_global_grad_norm()
         config = engine.module.config
         values = {
             "step": self.step,
@@ -360,7 +359,7 @@ class _Trainer:
             "loss": sums.loss / sums.micro_batches,
             "mlm_accuracy": sums.correct / max(1.0, sums.counted),
             "lr": at.learning_rate,
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": engine.grad_norm,
             "tokens_per_second": sums.tokens / sums.seconds,
             "step_seconds": sums.seconds / sums.steps,
             "mask_distance_heads": far_heads,
