@@ -1,0 +1,437 @@
+"""Build a corpus folder: sources -> prose -> sentences -> WordPiece vocabulary -> Arrow shards -> manifest.
+
+All work happens in `.work-FINGERPRINT` inside the output folder, so an interrupted run goes on where it
+was, a run with other settings never meets its completion markers, and the folder holds either a whole
+corpus or none. The result is a pure function of the settings and the sources: the number of worker
+processes does not change a byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep import sentences, sources, steps, vocab
+from data_prep.sources import Source
+from earlybert.config import EarlyBertError, SettingsError, sync_folder
+from earlybert.shards import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    ShardInfo,
+    read_manifest,
+    shard_name,
+    token_type_for,
+    tokenizer_sha256,
+    write_manifest,
+)
+
+_PREPARATION_VERSION = 1
+"""Raised where the same settings give other shards than before."""
+
+_VOCABULARY_CHARACTERS = 256_000_000
+"""The vocabulary is learnt from at most about this much text, whole documents chosen by the seed."""
+
+_LOCK = ".preparing"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a corpus is made of; every field but `workers` shapes the result."""
+
+    sources: tuple[str, ...]
+    """SOURCE words such as "books:books.tar.xz"."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer folder to use; otherwise a vocabulary is learnt."""
+    vocab_size: int | None = None
+    """WordPieces to learn; 30522 where neither this nor a tokenizer is given."""
+    tasks: int = 4
+    """Parts that the work is cut in, and so the number of shards."""
+    workers: int | None = None
+    """Processes; as many as there are cores and tasks where not given."""
+    cased: bool = False
+    """Keep upper case and accents."""
+    min_words: int = 15
+    """Documents of fewer words are dropped."""
+    language: str = "en"
+    """ISO 639 code of the language whose rules split the sentences."""
+    seed: int = 0
+    """Chooses the documents that the vocabulary is learnt from, where there is more text than it needs."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise SettingsError(
+                "no source: give at least one SOURCE, such as python-docs or text:notes/*.txt"
+            )
+        if len(set(self.sources)) < len(self.sources):
+            raise SettingsError(f"a source is given twice: {' '.join(self.sources)}; give each once")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise SettingsError("--tokenizer and --vocab-size are both given; keep one")
+        if self.vocab_size is not None:
+            vocab.check_size(self.vocab_size)
+        if not 1 <= self.tasks <= 99_999:
+            raise SettingsError(f"--tasks {self.tasks}: choose from 1 to 99999")
+        if self.workers is not None and self.workers < 1:
+            raise SettingsError(f"--workers {self.workers}: at least 1")
+        if self.min_words < 0:
+            raise SettingsError(f"--min-words {self.min_words}: at least 0")
+        sentences.check_language(self.language)
+
+
+def build(
+    settings: BuildSettings,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None],
+) -> Manifest:
+    """Prepare a corpus in the folder `out` and return its manifest; done at once where it is there already.
+
+    `tell` gets a line before and after each stage. Raises EarlyBertError for bad input, leaving nothing
+    behind, for a folder that holds something else, and (keeping the finished tasks) for a task that died.
+    """
+    folder = Path(out)
+    given = [sources.parse(word) for word in settings.sources]
+    inputs = [(source, sources.files(source)) for source in given]
+    identity = _identity(settings, inputs)
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    if (folder / MANIFEST).exists() and not overwrite:
+        manifest = read_manifest(folder)
+        if manifest.fingerprint == fingerprint:
+            tell(f"{folder} is already prepared with these settings; nothing to do")
+            return manifest
+        raise EarlyBertError(
+            f"{folder} holds a corpus prepared with other settings "
+            f"({_differences(manifest.settings, identity)}); "
+            "choose another --out, or replace it with --overwrite"
+        )
+    _refuse_foreign(folder)
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / f".work-{fingerprint[:16]}"
+    try:
+        with _locked(folder):
+            try:
+                return _Build(settings, inputs, identity, fingerprint, folder, work, tell).run()
+            except steps.TaskError:
+                raise
+            except EarlyBertError:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+    finally:
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One run of the pipeline over a work folder."""
+
+    settings: BuildSettings
+    inputs: list[tuple[Source, list[Path]]]
+    identity: dict[str, Any]
+    fingerprint: str
+    folder: Path
+    work: Path
+    tell: Callable[[str], None]
+
+    def run(self) -> Manifest:
+        for name in ("staged", "shards", "progress"):
+            (self.work / name).mkdir(parents=True, exist_ok=True)
+        cleaned = self._clean()
+        vocab_size = self._vocabulary(cleaned)
+        tokenized = self._tokenize(cleaned, vocab_size)
+        statistics = self._statistics(cleaned, tokenized)
+        manifest = self._publish(statistics, vocab_size)
+        self._report(manifest)
+        return manifest
+
+    def _clean(self) -> dict[str, int]:
+        total = 0
+        for source, paths in self.inputs:
+            size = sum(map(sources.size_of, paths))
+            total += (
+                size if steps.is_split_by_file(paths, self.settings.tasks) else size * self.settings.tasks
+            )
+            self.tell(f"reading {source.word}: {len(paths):,} files, {_megabytes(size)}")
+        given = [source for source, _ in self.inputs]
+        pipeline = [
+            steps.Read(self.inputs, progress=self.work / "progress"),
+            steps.Clean(given, min_words=self.settings.min_words),
+            steps.Split(language=self.settings.language),
+            steps.Stage(self.work / "staged"),
+        ]
+        counts = self._execute("clean", pipeline, bar="read", total=total, unit="B")
+        for index, (source, paths) in enumerate(self.inputs):
+            if not counts.get(f"{index}|characters"):
+                dropped = _dropped(counts, index)
+                reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "no document in it"
+                raise EarlyBertError(
+                    f"source {source.word!r} is empty: {len(paths)} files gave no text ({reasons}); "
+                    "give one with text, or lower --min-words"
+                )
+        return counts
+
+    def _vocabulary(self, cleaned: dict[str, int]) -> int:
+        """Learn or copy the tokenizer into the work folder; returns its size."""
+        target = self.work / TOKENIZER
+        if not target.exists():
+            started = time.monotonic()
+            temporary = self.work / "tokenizer.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            if self.settings.tokenizer is not None:
+                vocab.take(Path(self.settings.tokenizer), temporary, cased=self.settings.cased)
+            else:
+                size = self.settings.vocab_size or 30522
+                characters = sum(n for label, n in cleaned.items() if label.endswith("|characters"))
+                share = min(1.0, _VOCABULARY_CHARACTERS / characters)
+                self.tell(f"learning {size:,} WordPieces from {_megabytes(int(characters * share))} of text")
+                files = [steps.staged_file(self.work / "staged", rank) for rank in range(self.settings.tasks)]
+                learnt = vocab.learn(
+                    _Sample(files, share, self.settings.seed), vocab_size=size, cased=self.settings.cased
+                )
+                vocab.save(learnt, temporary, cased=self.settings.cased)
+            os.replace(temporary, target)
+            self.tell(f"vocabulary ready in {time.monotonic() - started:.0f} s")
+        return vocab.load(target).get_vocab_size()
+
+    def _tokenize(self, cleaned: dict[str, int], vocab_size: int) -> dict[str, int]:
+        dropped = sum(n for label, n in cleaned.items() if "|dropped|" in label)
+        documents = sum(n for label, n in cleaned.items() if label.endswith("|documents")) - dropped
+        pipeline = [
+            steps.Unstage(self.work / "staged"),
+            steps.Tokenize(self.work / TOKENIZER),
+            steps.Shard(
+                self.work / "shards",
+                names=[source.name for source, _ in self.inputs],
+                vocab_size=vocab_size,
+                progress=self.work / "progress",
+            ),
+        ]
+        return self._execute("tokenize", pipeline, bar="shard", total=documents, unit=" documents")
+
+    def _execute(self, stage: str, pipeline: list[Any], *, bar: str, total: int, unit: str) -> dict[str, int]:
+        tasks = self.settings.tasks
+        workers = self.settings.workers or min(tasks, len(os.sched_getaffinity(0)))
+        executor = steps.Executor(
+            pipeline=pipeline, tasks=tasks, workers=workers, logging_dir=str(self.work / stage)
+        )
+        with _progress_bar(self.work / "progress", prefix=bar, stage=stage, total=total, unit=unit):
+            executor.run()
+        return steps.totals(self.work / stage, tasks=tasks)
+
+    def _statistics(self, cleaned: dict[str, int], tokenized: dict[str, int]) -> list[dict[str, Any]]:
+        """Say for each source what went in, what was dropped and why, and what came out."""
+        result = []
+        for index, (source, paths) in enumerate(self.inputs):
+            result.append(
+                {
+                    "source": source.kind,
+                    "name": source.name,
+                    "files": len(paths),
+                    "bytes": sum(map(sources.size_of, paths)),
+                    "documents_read": cleaned.get(f"{index}|documents", 0),
+                    "dropped": _dropped(cleaned, index) | _dropped(tokenized, index),
+                    "documents": tokenized.get(f"{index}|kept", 0),
+                    "words": cleaned.get(f"{index}|words", 0),
+                    "characters": cleaned.get(f"{index}|characters", 0),
+                    "sentences": tokenized.get(f"{index}|sentences", 0),
+                    "tokens": tokenized.get(f"{index}|tokens", 0),
+                    "unknown_tokens": tokenized.get(f"{index}|unknown", 0),
+                }
+            )
+        return result
+
+    def _publish(self, statistics: list[dict[str, Any]], vocab_size: int) -> Manifest:
+        """Move shards and tokenizer into place and write the manifest last; may be repeated after a crash."""
+        names = [shard_name(rank, of=self.settings.tasks) for rank in range(self.settings.tasks)]
+        made = self.work / "shards"
+        shards = tuple(ShardInfo(**json.loads((made / f"{name}.json").read_text())) for name in names)
+        named: dict[str, dict[str, Any]] = {}
+        for row in statistics:
+            entry = named.setdefault(row["name"], {"documents": 0, "tokens": 0})
+            entry["documents"] += row["documents"]
+            entry["tokens"] += row["tokens"]
+        (self.folder / MANIFEST).unlink(missing_ok=True)  # an older corpus ends here
+        for stale in self.folder.glob("shard-*.arrow"):
+            if stale.name not in names:
+                stale.unlink()
+        for name in names:
+            if (made / name).exists():
+                os.replace(made / name, self.folder / name)
+        shutil.rmtree(self.folder / TOKENIZER, ignore_errors=True)
+        shutil.copytree(self.work / TOKENIZER, self.folder / TOKENIZER)
+        sync_folder(self.folder)
+        manifest = Manifest(
+            tokenizer_sha256=tokenizer_sha256(self.folder / TOKENIZER),
+            vocab_size=vocab_size,
+            token_dtype=token_type_for(vocab_size),
+            documents=sum(shard.documents for shard in shards),
+            sentences=sum(shard.sentences for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            shards=shards,
+            fingerprint=self.fingerprint,
+            settings=self.identity,
+            sources=named,
+            statistics={"sources": statistics},
+        )
+        write_manifest(self.folder, manifest)
+        for finished in self.folder.glob(".work-*"):
+            shutil.rmtree(finished, ignore_errors=True)
+        return manifest
+
+    def _report(self, manifest: Manifest) -> None:
+        for line in report(manifest):
+            self.tell(line)
+
+
+def report(manifest: Manifest) -> Iterator[str]:
+    """Say in lines what went into a corpus, what was dropped and why, and what came out."""
+    for row in manifest.statistics.get("sources", []):
+        yield (
+            f"{row['source']}: {row['files']:,} files ({_megabytes(row['bytes'])}), "
+            f"{row['documents_read']:,} documents"
+        )
+        for reason, count in row["dropped"].items():
+            yield f"  dropped {count:,}: {reason}"
+        yield (
+            f"  kept {row['documents']:,} documents, {row['sentences']:,} sentences, {row['words']:,} words, "
+            f"{row['tokens']:,} tokens ({row['unknown_tokens'] / max(1, row['tokens']):.3%} unknown)"
+        )
+    size = sum(shard.bytes for shard in manifest.shards)
+    yield (
+        f"in all {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} "
+        f"tokens in {len(manifest.shards)} shards ({_megabytes(size)}), vocabulary {manifest.vocab_size:,}"
+    )
+
+
+class _Sample:
+    """Sentences of the staged documents that the seed chooses, a list a document; may be iterated again."""
+
+    def __init__(self, files: list[Path], share: float, seed: int) -> None:
+        self._files = files
+        self._limit = int(share * (1 << 64))
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for path in self._files:
+            for source, id, split in steps.staged(path):
+                key = f"{self._seed}\0{source}\0{id}".encode()
+                if int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < self._limit:
+                    yield split
+
+
+def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Path]]]) -> dict[str, Any]:
+    """What shapes the result, without paths or times: equal for equal settings and sources on any machine."""
+    read = []
+    for source, paths in inputs:
+        marks = hashlib.sha256("\n".join(map(sources.identity, paths)).encode()).hexdigest()
+        size = sum(map(sources.size_of, paths))
+        read.append({"kind": source.kind, "files": len(paths), "bytes": size, "sha256": marks})
+    tokenizer = None
+    if settings.tokenizer is not None:
+        tokenizer = vocab.identity(Path(settings.tokenizer))
+    return {
+        "version": _PREPARATION_VERSION,
+        "sources": read,
+        "tokenizer": tokenizer,
+        "vocab_size": None if tokenizer else settings.vocab_size or 30522,
+        "cased": settings.cased,
+        "min_words": settings.min_words,
+        "language": settings.language,
+        "seed": settings.seed,
+        "tasks": settings.tasks,
+    }
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    keys = [key for key in asked if there.get(key) != asked[key]]
+    plain = [
+        f"{key} {there.get(key)} there, {asked[key]} asked"
+        for key in keys
+        if key not in ("sources", "tokenizer")
+    ]
+    return "; ".join(
+        plain + [f"another {key.rstrip('s')}" for key in keys if key in ("sources", "tokenizer")]
+    )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise EarlyBertError where `folder` holds anything that this program did not write."""
+    if folder.exists() and not folder.is_dir():
+        raise EarlyBertError(f"{folder} is a file; choose another --out")
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        ours = (
+            path.name in (MANIFEST, TOKENIZER, _LOCK)
+            or path.name.startswith(".work-")
+            or path.match("shard-*.arrow")
+        )
+        if not ours:
+            raise EarlyBertError(
+                f"{folder} holds {path.name!r}, which is no part of a corpus; choose another --out"
+            )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder; the lock goes with the process."""
+    path = folder / _LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EarlyBertError(f"{folder} is being prepared by another process; wait for it") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _progress_bar(folder: Path, *, prefix: str, stage: str, total: int, unit: str) -> Iterator[None]:
+    """Show how far all tasks are, from the small files that they leave in `folder`."""
+    from tqdm import tqdm
+
+    stop = threading.Event()
+    with tqdm(total=total, desc=stage, unit=unit, unit_scale=True, mininterval=1.0) as bar:
+
+        def look() -> None:
+            done = 0
+            for path in folder.glob(f"{prefix}-*"):
+                with contextlib.suppress(OSError, ValueError):  # being rewritten: the next look will see it
+                    done += int(path.read_text())
+            bar.update(min(total, max(bar.n, done)) - bar.n)
+
+        def watch() -> None:
+            while not stop.wait(0.5):
+                look()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            look()
+
+
+def _dropped(counts: dict[str, int], index: int) -> dict[str, int]:
+    prefix = f"{index}|dropped|"
+    return {
+        label.removeprefix(prefix): n for label, n in sorted(counts.items()) if label.startswith(prefix) and n
+    }
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,188 @@
+"""Text to plain prose: pure functions from a string to lines, where a line is a paragraph, a heading or a
+list item.
+
+The surprise: hard-wrapped text (e-books, docstrings) is joined again, because a newline is a boundary for the
+sentence splitter. A block of lines counts as hard-wrapped where all of its lines but the last are of similar,
+terminal-like width.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+_CONTROL = {c: None for c in (*range(0x00, 0x09), 0x0B, *range(0x0E, 0x1C), *range(0x7F, 0xA0)) if c != 0x85}
+_INVISIBLE = dict.fromkeys((0x00AD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, 0xFEFF, 0xFFFD))
+_BREAKS = dict.fromkeys((0x0C, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029), "\n")
+_SURROGATES = dict.fromkeys(range(0xD800, 0xE000))  # from escapes in source code; no encoding takes them
+_TABLE = {**_CONTROL, **_INVISIBLE, **_BREAKS, **_SURROGATES}
+_SPACES = re.compile(r"[^\S\n]+")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+_WRAPPED_MINIMUM, _WRAPPED_MAXIMUM = 40, 100
+
+_TAGS = (
+    "a|abbr|b|big|blockquote|br|center|cite|code|dd|del|dfn|div|dl|dt|em|font|gallery|h[1-6]|hr|i|imagemap|"
+    "img|"
+    "includeonly|ins|kbd|li|math|nobr|noinclude|nowiki|ol|onlyinclude|p|poem|pre|q|ref|references|s|samp|"
+    "section|"
+    "small|source|span|strike|strong|sub|sup|syntaxhighlight|table|tbody|td|th|thead|timeline|tr|tt|u|ul|"
+    "var|wbr"
+)
+_TAG = re.compile(rf"</?(?:{_TAGS})\b[^<>]*/?>", re.IGNORECASE)
+_BREAK_TAG = re.compile(r"<(?:br|hr|p|li|dd|dt|tr)\b[^<>]*>", re.IGNORECASE)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_REFERENCE = re.compile(
+    r"<ref\b[^<>]*/>|<ref\b[^<>]*>(?:(?!<ref\b).)*?</ref\s*>|<ref\b[^<>\n]*>?[^\n]*",
+    re.DOTALL | re.IGNORECASE,
+)
+_INNER_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
+_INNER_TABLE = re.compile(r"^\{\|.*?^\|\}", re.DOTALL | re.MULTILINE)
+_TABLE_LINE = re.compile(r"^(?:\{\||\|\}|\|-|[|!]).*$", re.MULTILINE)
+_WIKILINK = re.compile(r"\[\[(?:[^\[\]|]*\|)*([^\[\]|]*)\]\]")
+_QUOTES = re.compile(r"'{2,}")
+_MAGIC_WORD = re.compile(r"__[A-Z]{4,}__")
+_EDITORIAL = re.compile(
+    r" ?\[\s*\[?(?:update|citation needed|clarification needed|who\?|when\?|which\?|by whom\?)\]?\s*\]",
+    re.IGNORECASE,
+)
+_STRAY = re.compile(r"\{\{|\}\}|\[\[|\]\]")
+
+_EMPTY_BRACKETS = re.compile(r"\(\s*(?:[,;:/\u2013-]\s*)*\)|\[\s*\]")
+_AFTER_OPENING = re.compile(r"([(\[])\s*(?:[,;:]\s*)+")
+_BEFORE_CLOSING = re.compile(r"(?:\s*[,;:])+\s*([)\]])")
+_INSIDE_BRACKETS = re.compile(r"(?<=[(\[]) +| +(?=[)\]])")
+_BEFORE_MARK = re.compile(r" +([,.;:!?])(?=\s|$)")
+_DOUBLED_MARK = re.compile(r"([,;:])(?:\s*[,;])+")
+
+_GUTENBERG_START = re.compile(
+    r"^.*\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^\*END\*? ?THE SMALL PRINT.*$",
+    re.IGNORECASE | re.M,
+)
+_GUTENBERG_END = re.compile(
+    r"^.*\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG|^\s*End of (?:the |this )?Project Gutenberg|"
+    r"^\s*\*?\*?\*? ?START: FULL LICENSE",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PRODUCED_BY = re.compile(
+    r"\A\s*(?:E-text prepared|Produced|Transcribed) by [^\n]*(?:\n[^\n]+)*\n", re.IGNORECASE
+)
+
+_HEADING = re.compile(r"^ {0,3}#{1,6} *(.*?) *#*$")
+_FRONT_MATTER = re.compile(
+    r"^ {0,3}#{1,6} *(?:Title|Author|Year|Translator|Editor|Publisher|Language) *:", re.I
+)
+_RULE = re.compile(r"^ *(?:(?:[-*_=~+] *){3,}|[-*_]+)$")
+_IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)")
+_LINK = re.compile(r"\[([^\]]+)\]\((?:[^()]|\([^)]*\))*\)")
+_FOOTNOTE = re.compile(r"\[\^?\d{1,4}\]|\[\^[^\]\s]+\]:?")
+_STRONG = re.compile(r"(\*{1,3})(?=\S)(.+?)(?<=\S)\1")
+_EMPHASIS = re.compile(r"(?<![\w_])_{1,3}(?=\S)(.+?)(?<=\S)_{1,3}(?![\w_])")
+_QUOTE_OR_ITEM = re.compile(r"^ *(?:> ?)+| *^[*+-] +(?=\S)")
+_ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#+.!>-])")
+
+
+def prose(text: str) -> str:
+    """Normalise any text: NFC, one kind of space and newline, nothing invisible, no line without a letter
+    or digit."""
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
+    lines = (line.strip() for line in _SPACES.sub(" ", text).split("\n"))
+    kept = (line if not line or any(map(str.isalnum, line)) else "" for line in lines)
+    return _BLANK_LINES.sub("\n\n", "\n".join(kept)).strip()
+
+
+def unwrap(text: str) -> str:
+    """Join the lines of hard-wrapped paragraphs; blocks of short or of long lines stay as they are."""
+    blocks = []
+    for block in re.split(r"\n[^\S\n]*\n", text):
+        lines = [line.strip() for line in block.split("\n") if line.strip()]
+        body, last = lines[:-1], lines[-1:]
+        wrapped = all(_WRAPPED_MINIMUM <= len(line) <= _WRAPPED_MAXIMUM for line in body)
+        if body and wrapped and len(last[0]) <= _WRAPPED_MAXIMUM:
+            blocks.append(" ".join(lines))
+        elif lines:
+            blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def plain_text(text: str) -> str:
+    """Clean a text file: hard wraps joined, then `prose`."""
+    return prose(unwrap(text.replace("\r\n", "\n").replace("\r", "\n")))
+
+
+def leftovers(text: str) -> str:
+    """Remove the markup that a wikitext extractor left behind: tags, references, templates, links,
+    entities."""
+    if "<" in text:
+        text = _COMMENT.sub("", text)
+        text = _REFERENCE.sub("", text)
+        text = _TAG.sub("", _BREAK_TAG.sub("\n", text))
+    if "{" in text:
+        text = _without(_INNER_TEMPLATE, text)
+        text = _without(_INNER_TABLE, text)
+    if "[" in text:
+        text = _EDITORIAL.sub("", text)
+        text = _WIKILINK.sub(r"\1", text)
+    text = _STRAY.sub("", _MAGIC_WORD.sub("", _QUOTES.sub("", text)))
+    if "|" in text or "!" in text:
+        text = _TABLE_LINE.sub("", text)
+    return tidy(prose(html.unescape(text)))
+
+
+def tidy(text: str) -> str:
+    """Mend the punctuation around what was removed: empty brackets, spaces before commas, doubled commas."""
+    text = _DOUBLED_MARK.sub(r"\1", text)
+    text = _BEFORE_CLOSING.sub(r"\1", _AFTER_OPENING.sub(r"\1", text))
+    text = _EMPTY_BRACKETS.sub("", _INSIDE_BRACKETS.sub("", text))
+    return _SPACES.sub(" ", _BEFORE_MARK.sub(r"\1", text))
+
+
+def book(text: str) -> str:
+    """Clean an e-book: Project Gutenberg's header and licence, Markdown marks and hard wraps removed."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return prose(unwrap(markdown(without_licence(text))))
+
+
+def without_licence(text: str) -> str:
+    """Cut what Project Gutenberg puts before and after a book."""
+    head = text[:40_000]
+    starts = list(_GUTENBERG_START.finditer(head))
+    if starts:
+        text = text[starts[-1].end() :]
+        text = _PRODUCED_BY.sub("", text)
+    tail = max(0, len(text) - 60_000)
+    end = _GUTENBERG_END.search(text, tail)
+    return text[: end.start()] if end else text
+
+
+def markdown(text: str) -> str:
+    """Turn Markdown into plain lines: headings without marks, no front matter, rules, images or emphasis."""
+    lines = []
+    for line in text.split("\n"):
+        if _RULE.match(line) or _FRONT_MATTER.match(line):
+            lines.append("")
+        elif heading := _HEADING.match(line):
+            lines.extend(["", heading[1], ""])
+        else:
+            lines.append(_QUOTE_OR_ITEM.sub("", line))
+    text = "\n".join(lines)
+    if "](" in text:
+        text = _LINK.sub(r"\1", _IMAGE.sub("", text))
+    if "[" in text:
+        text = _FOOTNOTE.sub("", text)
+    if "*" in text:
+        text = _STRONG.sub(r"\2", text)
+    if "_" in text:
+        text = _EMPHASIS.sub(r"\1", text)
+    return _ESCAPED.sub(r"\1", text)
+
+
+def _without(pattern: re.Pattern[str], text: str) -> str:
+    """Remove nested pairs from the inside out."""
+    count = 1
+    while count:
+        text, count = pattern.subn("", text)
+    return text

@@ -1,0 +1,77 @@
+"""Prepare a corpus: raw text in, tokenized and checksummed shards out.
+
+    python scripts/prepare.py python-docs --out corpora/docs --vocab-size 8192
+    python scripts/prepare.py 'wikiextractor:extract/*/*' books:books.tar.xz --out corpora/wikibooks --tasks 8
+
+SOURCE is one of
+    python-docs            help topics and docstrings of this Python's standard library; needs no download
+    text:GLOB              plain text, a document a file
+    jsonl:GLOB             an object with a field "text" a line
+    books:DIR-or-TAR       whole books, a text or Markdown file each
+    wikipedia:GLOB         pages-articles dumps, .xml or compressed
+    wikiextractor:GLOB     WikiExtractor's <doc> files
+Files may be plain, .gz, .bz2 or .xz. The same command again goes on after an interruption, and is done at
+once where the corpus is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from earlybert.config import run_command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="KIND:PATTERN, as above; quote the pattern"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus folder, such as corpora/NAME")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--tokenizer", metavar="DIR", help="use this fast Hugging Face tokenizer (or a vocab.txt)"
+    )
+    which.add_argument(
+        "--vocab-size", type=int, metavar="N", help="learn N WordPieces (30522 if nothing is said)"
+    )
+    parser.add_argument("--tasks", type=int, default=4, metavar="N", help="parts of the work, and shards (4)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes; does not change the result (cores)"
+    )
+    parser.add_argument("--cased", action="store_true", help="keep upper case and accents")
+    parser.add_argument("--min-words", type=int, default=15, metavar="N", help="drop shorter documents (15)")
+    parser.add_argument("--language", default="en", metavar="CODE", help="whose rules split sentences (en)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the vocabulary's sample (0)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a corpus of other settings in --out"
+    )
+    arguments = parser.parse_args()
+
+    from data_prep.build import BuildSettings, build
+
+    started = time.monotonic()
+    settings = BuildSettings(
+        sources=tuple(arguments.sources),
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        tasks=arguments.tasks,
+        workers=arguments.workers,
+        cased=arguments.cased,
+        min_words=arguments.min_words,
+        language=arguments.language,
+        seed=arguments.seed,
+    )
+    build(settings, arguments.out, overwrite=arguments.overwrite, tell=lambda line: print(line, flush=True))
+    print(f"{arguments.out} is ready after {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,172 @@
+"""Claims about `scripts/prepare.py` and `scripts/show.py` as a user runs them."""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from earlybert.shards import Corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def prose(lines: int = 60) -> str:
+    words = ["the", "old", "captain", "walked", "along", "river", "wrote", "quiet", "letters", "winter"]
+    return "".join(
+        f"On {hashlib.sha256(str(i % 20).encode()).hexdigest()[:8]} "
+        + " ".join(words[(i * k + k) % len(words)] for k in range(1, 15))
+        + ".\n"
+        for i in range(lines)
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], str]:
+    """A prepared corpus, the arguments that made it, and what the command said."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"Number {i}.\n" + prose())
+    arguments: list[object] = [f"text:{folder}/*.txt", "--out", folder / "corpora" / "c", "--vocab-size", 128]
+    arguments += ["--tasks", 2]
+    done = run("prepare.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder / "corpora" / "c", arguments, done.stdout
+
+
+def test_prepare_reports_what_went_in_and_came_out(corpus: tuple[Path, list[object], str]) -> None:
+    folder, _, said = corpus
+    assert len(Corpus.open(folder, verify="checksum")) == 4
+    assert "kept 4 documents" in said and "vocabulary 128" in said and "is ready after" in said
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "shard-00000-of-00002.arrow",
+        "shard-00001-of-00002.arrow",
+        "tokenizer",
+    ]
+
+
+def test_the_same_command_again_is_done_at_once(corpus: tuple[Path, list[object], str]) -> None:
+    done = run("prepare.py", *corpus[1])
+    assert done.returncode == 0 and "already prepared" in done.stdout
+
+
+def test_other_settings_are_refused_with_the_remedy(corpus: tuple[Path, list[object], str]) -> None:
+    done = run("prepare.py", *corpus[1], "--min-words", "3")
+    assert done.returncode == 2
+    assert "min_words 15 there, 3 asked" in done.stderr and "--overwrite" in done.stderr
+
+
+def test_show_describes_a_corpus(corpus: tuple[Path, list[object], str]) -> None:
+    done = run("show.py", corpus[0], "--verify", "--document", "1")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "kept 4 documents",
+        "share of text: 100.0%",
+        "every checksum is right",
+        "document 1 (text, ",
+    ):
+        assert part in done.stdout
+    assert "  | number " in done.stdout and "captain" in done.stdout
+
+
+def test_datasets_opens_a_shard(corpus: tuple[Path, list[object], str]) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_file(str(corpus[0] / "shard-00000-of-00002.arrow"))
+    assert rows.column_names == ["tokens", "sentence_starts", "source", "id"] and len(rows) == 2
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+XML = "<mediawiki><page><title>T</title><ns>0</ns><id>1</id><revision><text>" + prose(500)
+
+BAD: list[tuple[str, Callable[[Path], object], str, str]] = [
+    ("empty file", lambda p: p.touch(), "text:{}", "is empty"),
+    ("missing file", lambda p: None, "text:{}", "no file matches"),
+    ("missing books", lambda p: None, "books:{}", "no such folder or tar file"),
+    (
+        "truncated bz2",
+        lambda p: p.write_bytes(_cut(bz2.compress(prose(900).encode()))),
+        "text:{}",
+        "bz2 stream breaks",
+    ),
+    (
+        "truncated xz",
+        lambda p: p.write_bytes(_cut(lzma.compress(prose(900).encode()))),
+        "text:{}",
+        "xz stream breaks",
+    ),
+    (
+        "truncated gz",
+        lambda p: p.write_bytes(_cut(gzip.compress(prose(900).encode()))),
+        "text:{}",
+        "gz stream breaks",
+    ),
+    ("truncated xml", lambda p: p.write_text(XML), "wikipedia:{}", "the XML breaks at byte"),
+    ("not utf-8", lambda p: p.write_bytes(b"na\xefve " * 99), "text:{}", "not UTF-8: byte 0xef at offset 2"),
+    ("unknown kind", lambda p: p.write_text("x"), "warc:{}", "unknown kind 'warc'"),
+    ("too little text", lambda p: p.write_text(prose()), "text:{}", "too little text for --vocab-size 8192"),
+    ("no text", lambda p: p.write_text('{"text": "a"}\n{"txt": 1}\n'), "jsonl:{}", "line 2: no text"),
+    ("only short", lambda p: p.write_text("Hello.\n"), "text:{}", "fewer than 15 words"),
+]
+
+
+@pytest.mark.parametrize(("make", "word", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(
+    make: Callable[[Path], object], word: str, message: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    make(source)
+    done = run(
+        "prepare.py", word.format(source), "--out", tmp_path / "out", "--vocab-size", 8192, "--tasks", 1
+    )
+    assert done.returncode == 2
+    error = done.stderr.replace("\r", "\n").strip().split("\n")[-1]
+    assert error.startswith("error: ") and message in error
+    assert "Traceback" not in done.stderr and "Traceback" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_a_worker_process_is_one_line_too(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(prose())
+    (tmp_path / "3.txt").write_bytes(b"na\xefve")
+    arguments = ["--out", tmp_path / "out", "--vocab-size", "8192", "--tasks", "2", "--workers", "2"]
+    done = run("prepare.py", f"text:{tmp_path}/*.txt", *arguments)
+    assert done.returncode == 2 and "3.txt: not UTF-8: byte 0xef at offset 2" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_show_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    assert "no such file" in run("show.py", tmp_path / "none").stderr
+    done = run("show.py", tmp_path)
+    assert done.returncode == 2 and "is none of: corpus" in done.stderr
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not on this machine")
+def test_a_real_dump_becomes_a_corpus(tmp_path: Path) -> None:
+    dump = SHARED / "wikipedia" / "enwiki-201605-206-pages.xml.bz2"
+    arguments = ["--out", tmp_path / "out", "--vocab-size", "8000", "--tasks", "2"]
+    done = run("prepare.py", f"wikipedia:{dump}", *arguments)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    row = manifest["statistics"]["sources"][0]
+    assert row["documents_read"] == 206
+    assert (row["dropped"]["redirect"], row["dropped"]["other namespace"]) == (99, 1)
+    assert manifest["documents"] >= 100 and manifest["tokens"] > 400_000
+    assert manifest["sources"].keys() == {"wikipedia"}

@@ -1,0 +1,255 @@
+"""Claims about SOURCE words and the files behind them."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_prep import python_docs, sources
+from earlybert.config import EarlyBertError
+
+BOOKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "books" / "books.tar.xz"
+EXTRACT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikipedia" / "extract-en-2015"
+
+
+def read(word: str) -> list[sources.Raw]:
+    source = sources.parse(word)
+    return [
+        raw for path in sources.files(source) for raw in source.documents(path, progress=lambda done: None)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("parquet:x/*.parquet", "unknown kind 'parquet'; supported: python-docs, text:GLOB"),
+        ("hf:wikimedia/wikipedia", "unknown kind 'hf'; .*supported: python-docs"),
+        ("txt:a", "unknown kind 'txt'; did you mean text"),
+        ("notes.txt", r"unknown kind 'notes\.txt'"),
+        ("text:", "write it as text:GLOB"),
+        ("python-docs:3", "write it as python-docs"),
+    ],
+)
+def test_a_word_that_is_no_source_is_refused(word: str, message: str) -> None:
+    with pytest.raises(EarlyBertError, match=message):
+        sources.parse(word)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "wikipedia", "wikiextractor"])
+def test_a_pattern_without_a_match_is_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(EarlyBertError, match="no file matches"):
+        sources.files(sources.parse(f"{kind}:{tmp_path}/*.none"))
+
+
+def test_empty_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(EarlyBertError, match="is empty: 1 files of 0 bytes"):
+        sources.files(sources.parse(f"text:{tmp_path}/*"))
+
+
+COMPRESSIONS = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("form", COMPRESSIONS)
+def test_compression_is_told_from_the_content(form: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(COMPRESSIONS[form]("Ein süßer Text.".encode()))
+    assert [raw.text for raw in read(f"text:{tmp_path}/a")] == ["Ein süßer Text."]
+
+
+@pytest.mark.parametrize("form", COMPRESSIONS)
+def test_a_truncated_stream_is_refused_by_name(form: str, tmp_path: Path) -> None:
+    data = "".join(f"line {i} {i * i}\n" for i in range(20_000)).encode()
+    (tmp_path / "a.txt").write_bytes(COMPRESSIONS[form](data)[:-400])
+    with pytest.raises(
+        EarlyBertError, match=rf"a\.txt: the {form} stream breaks after \d+ bytes .*truncated"
+    ):
+        read(f"text:{tmp_path}/a.txt")
+
+
+def test_a_damaged_stream_is_refused(tmp_path: Path) -> None:
+    data = bytearray(bz2.compress(b"some text " * 10_000))
+    data[20] ^= 0xFF
+    (tmp_path / "a.bz2").write_bytes(data)
+    with pytest.raises(EarlyBertError, match="bz2 stream breaks"):
+        read(f"text:{tmp_path}/a.bz2")
+
+
+@pytest.mark.parametrize("before", ["", "é" * 10, "x" * ((1 << 20) - 1) + "é" + "y" * 50])
+def test_a_byte_that_is_not_utf8_is_named_with_its_offset(before: str, tmp_path: Path) -> None:
+    start = before.encode()
+    (tmp_path / "a.txt").write_bytes(start + b"\xff rest\n")
+    with pytest.raises(EarlyBertError, match=rf"a\.txt: not UTF-8: byte 0xff at offset {len(start)} "):
+        read(f"text:{tmp_path}/a.txt")
+
+
+def test_a_character_cut_at_the_end_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("text é".encode()[:-1])
+    with pytest.raises(EarlyBertError, match="byte 0xc3 at offset 5 "):
+        read(f"text:{tmp_path}/a.txt")
+
+
+def test_a_text_file_is_a_document_without_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfOne.\r\nTwo.")
+    (tmp_path / "a.txt").write_text("Three.\n")
+    assert [(raw.id, raw.text) for raw in read(f"text:{tmp_path}/*")] == [
+        ("a.txt", "Three."),
+        ("b.txt", "One.\nTwo."),
+    ]
+
+
+def test_a_huge_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path: Path) -> None:
+    paragraph = "word " * 2000 + "\n\n"
+    (tmp_path / "a.txt").write_text(paragraph * 300)
+    found = read(f"text:{tmp_path}/a.txt")
+    assert len(found) == 3 and len({raw.id for raw in found}) == 3
+    assert sum(raw.text.count("word") for raw in found) == 600_000
+
+
+def test_jsonl_needs_a_text_in_every_line_and_names_the_line(tmp_path: Path) -> None:
+    rows = [{"text": "One.", "id": 5}, {"text": "Two."}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert [(raw.id, raw.text) for raw in read(f"jsonl:{tmp_path}/a.jsonl")] == [
+        ("5", "One."),
+        ("a.jsonl:2", "Two."),
+    ]
+    for line, message in (
+        ('{"title": "x"}', r"a\.jsonl, line 2: no text; .*found: title"),
+        ('{"text": 3}', "line 2: no text"),
+        ("[1]", "line 2: no text"),
+        ('{"text": "x"', "line 2: not JSON"),
+    ):
+        (tmp_path / "a.jsonl").write_text('{"text": "One."}\n' + line + "\n")
+        with pytest.raises(EarlyBertError, match=message):
+            read(f"jsonl:{tmp_path}/a.jsonl")
+
+
+DOCS = (
+    '<doc id="12" url="http://x?curid=12" title="Moon">\nMoon\n\nThe Moon is &lt;big&gt;.\n</doc>\n'
+    '<doc id="13" url="u" title="A &quot;b&quot;">\nText.\n</doc>\n'
+)
+
+
+def test_wikiextractor_blocks_are_documents_without_their_title_line(tmp_path: Path) -> None:
+    (tmp_path / "wiki_00").write_text(DOCS)
+    found = read(f"wikiextractor:{tmp_path}/*")
+    assert [(raw.id, raw.text) for raw in found] == [("12", "The Moon is &lt;big&gt;."), ("13", "Text.")]
+    assert sources.parse("wikiextractor:x").clean(found[0]) == "The Moon is <big>."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DOCS[:-8], "<doc id='13'> has no </doc>"),
+        ("Text.\n" + DOCS, "line 1: text outside a <doc"),
+        (DOCS.replace("</doc>\n", "", 1), "line 5: a <doc> inside <doc id='12'>"),
+    ],
+)
+def test_broken_wikiextractor_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "wiki_00").write_text(text)
+    with pytest.raises(EarlyBertError, match=message):
+        read(f"wikiextractor:{tmp_path}/*")
+
+
+def _tar(path: Path, members: dict[str, bytes], mode: str) -> None:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("b.tar", "w"), ("b.tar.gz", "w:gz"), ("b.tar.xz", "w:xz")])
+def test_a_tar_and_a_folder_of_the_same_books_read_the_same(name: str, mode: str, tmp_path: Path) -> None:
+    books = {"A - One.txt": b"# One\n\nText.", "B - Two.md": "Zwei süße.".encode()}
+    _tar(tmp_path / name, {f"books/{k}": v for k, v in books.items()}, mode)
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for key, data in books.items():
+        (folder / key).write_bytes(data)
+    assert read(f"books:{tmp_path / name}") == read(f"books:{folder}")
+    assert [raw.id for raw in read(f"books:{folder}")] == list(books)
+
+
+def test_bad_books_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EarlyBertError, match="no such folder or tar file"):
+        sources.files(sources.parse(f"books:{tmp_path}/none"))
+    with pytest.raises(EarlyBertError, match="holds no book"):
+        sources.files(sources.parse(f"books:{tmp_path}"))
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(EarlyBertError, match="neither a folder nor a tar file"):
+        sources.files(sources.parse(f"books:{tmp_path}/a.zip"))
+    _tar(tmp_path / "a.tar", {"a.txt": b"fine", "b.txt": b"abc\xe9def"}, "w")
+    with pytest.raises(EarlyBertError, match=r"a\.tar: b\.txt: not UTF-8: byte 0xe9 at offset 3 "):
+        read(f"books:{tmp_path}/a.tar")
+    _tar(tmp_path / "c.tar", {"a.txt": b"x" * 50_000}, "w")
+    (tmp_path / "c.tar").write_bytes((tmp_path / "c.tar").read_bytes()[:20_000])
+    with pytest.raises(EarlyBertError, match=r"c\.tar: not a whole tar file"):
+        read(f"books:{tmp_path}/c.tar")
+    (tmp_path / "d.tar").write_bytes(b"not a tar at all" * 100)
+    with pytest.raises(EarlyBertError, match=r"d\.tar: not a whole tar file"):
+        read(f"books:{tmp_path}/d.tar")
+
+
+def test_a_file_that_is_no_book_is_counted_as_dropped(tmp_path: Path) -> None:
+    _tar(tmp_path / "a.tar", {"cover.jpg": b"\xff\xd8", "a.txt": b"Text."}, "w")
+    assert [raw.dropped for raw in read(f"books:{tmp_path}/a.tar")] == ["not a book file", None]
+
+
+def test_identity_changes_with_content_and_not_with_place(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("same")
+    one, other = tmp_path / "x" / "a.txt", tmp_path / "y" / "a.txt"
+    assert sources.identity(one) == sources.identity(other)
+    other.write_text("else")
+    assert sources.identity(one) != sources.identity(other)
+
+
+def test_python_docs_is_prose_without_repeats_or_code(tmp_path: Path) -> None:
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_text(
+        "topics = {'if': 'The if statement chooses between suites.'}\n"
+    )
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.py").write_text('"""Tests are no part of this corpus at all."""')
+    (tmp_path / "bad.py").write_text("print 'old'")
+    (tmp_path / "a.py").write_text(
+        '"""Open the file and read all of it.\n\n    >>> open(x)\n    1\n\n    a = b[c] + d(e)\n"""\n'
+        'def f():\n    """Open the file and read all of it."""\n'
+    )
+    found = dict(python_docs.documents(tmp_path, progress=lambda done: None))
+    assert found == {
+        "a.py": "Open the file and read all of it.",
+        "bad.py": None,
+        "topic:if": "The if statement chooses between suites.",
+    }
+
+
+def test_this_python_carries_over_a_million_characters_of_prose() -> None:
+    assert sum(len(raw.text) for raw in read("python-docs")) > 1_000_000
+
+
+@pytest.mark.skipif(not BOOKS.is_file(), reason="the shared books are not on this machine")
+def test_the_real_books_open_clean() -> None:
+    source = sources.parse(f"books:{BOOKS}")
+    stream = source.documents(BOOKS, progress=lambda done: None)
+    for _ in range(4):
+        raw = next(stream)
+        text = source.clean(raw)
+        assert len(text) > 0.95 * len(raw.text) and "# Title" not in text and "\n#" not in text
+
+
+@pytest.mark.skipif(not EXTRACT.is_dir(), reason="the shared Wikipedia extract is not on this machine")
+def test_the_real_extract_opens_clean() -> None:
+    source = sources.parse(f"wikiextractor:{EXTRACT}/AA*")
+    stream = source.documents(sources.files(source)[0], progress=lambda done: None)
+    first = next(stream)
+    assert first.id == "12" and first.text.startswith("Anarchism is a political philosophy")
+    text = "\n".join([source.clean(first)] + [source.clean(next(stream)) for _ in range(100)])
+    for mark in ("<ref", "<br", "</dl", "{{", "[[", "&amp;"):
+        assert mark not in text

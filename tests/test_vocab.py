@@ -1,0 +1,121 @@
+"""Claims about the WordPiece vocabulary."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep import vocab
+from earlybert.config import EarlyBertError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "vocab" / "bert-base-uncased-vocab.txt"
+
+SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "si", "to", "vé", "zu"]
+
+
+def sentences(count: int = 400) -> list[list[str]]:
+    """Text with many distinct words, as pseudo-random as a hash."""
+    made = []
+    for i in range(count):
+        digits = hashlib.sha256(str(i % 97).encode()).hexdigest()
+        words = ["".join(SYLLABLES[int(d, 16) % 10] for d in digits[k : k + 3]) for k in range(0, 30, 3)]
+        made.append([" ".join(words).capitalize() + f", nº {i % 50}."])
+    return made
+
+
+def test_special_tokens_are_ids_0_to_4_and_the_size_is_a_multiple_of_64() -> None:
+    tokenizer = vocab.learn(sentences(), vocab_size=300, cased=False)
+    assert [tokenizer.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert tokenizer.get_vocab_size() == 320
+    assert [tokenizer.id_to_token(i) for i in (300, 319)] == ["[unused0]", "[unused19]"]
+
+
+def test_a_new_process_learns_the_same_ids() -> None:
+    """`tokenizers` seeds its hash maps anew in each process; the order of ids must not show it."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import test_vocab as t; from data_prep import vocab; "
+        "print(vocab.learn(t.sentences(), vocab_size=320, cased=False).to_str())"
+    )
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, "-c", program, str(here), str(here.parent)]
+    other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(other) == json.loads(vocab.learn(sentences(), vocab_size=320, cased=False).to_str())
+
+
+def test_the_order_of_the_text_does_not_matter() -> None:
+    one = vocab.learn(sentences(), vocab_size=320, cased=False)
+    other = vocab.learn(sentences()[::-1], vocab_size=320, cased=False)
+    assert one.to_str() == other.to_str()
+
+
+def test_lower_case_is_the_default_and_cased_keeps_case_and_accents() -> None:
+    lower = vocab.learn(sentences(), vocab_size=320, cased=False)
+    cased = vocab.learn(sentences(), vocab_size=320, cased=True)
+    assert "é" not in lower.get_vocab() and "B" not in lower.get_vocab()
+    assert "é" in cased.get_vocab() and "B" in cased.get_vocab()
+    assert lower.encode("Vékelo").tokens == lower.encode("vekelo").tokens
+
+
+def test_auto_tokenizer_opens_the_folder_as_a_fast_bert_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = vocab.learn(sentences(), vocab_size=320, cased=False)
+    vocab.save(tokenizer, tmp_path, cased=False)
+    opened = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert opened.is_fast and opened.vocab_size == 320
+    assert (opened.pad_token_id, opened.unk_token_id, opened.mask_token_id) == (0, 1, 4)
+    for text in ("Bakelo mi, nura!", "Vé ZU\tunknown 日本", "[MASK] ba"):
+        assert opened(text)["input_ids"] == tokenizer.encode(text).ids
+    pair = opened("bakelo", "mi")
+    assert pair["token_type_ids"] == tokenizer.encode("bakelo", "mi").type_ids
+    assert vocab.load(tmp_path).to_str() == tokenizer.to_str()
+
+
+def test_too_little_text_names_the_size_and_a_smaller_one() -> None:
+    with pytest.raises(
+        EarlyBertError, match=r"too little text for --vocab-size 8192: it gives only .* use --vocab-size"
+    ):
+        vocab.learn(sentences(20), vocab_size=8192, cased=False)
+
+
+@pytest.mark.parametrize("size", [0, -5, 100, 1 << 30])
+def test_an_impossible_size_is_refused(size: int) -> None:
+    with pytest.raises(EarlyBertError, match=f"--vocab-size {size}: choose from"):
+        vocab.check_size(size)
+
+
+def test_a_given_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    given, taken = tmp_path / "given", tmp_path / "taken"
+    vocab.save(vocab.learn(sentences(), vocab_size=320, cased=False), given, cased=False)
+    vocab.take(given, taken, cased=False)
+    assert {p.name for p in taken.iterdir()} == {p.name for p in given.iterdir()}
+    assert (taken / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
+    assert vocab.identity(given) == vocab.identity(taken)
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EarlyBertError, match=r"no tokenizer\.json or vocab\.txt"):
+        vocab.identity(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nword\n")
+    with pytest.raises(EarlyBertError, match=r"has no \[MASK\]"):
+        vocab.identity(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(EarlyBertError, match="not a readable tokenizer"):
+        vocab.identity(tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the shared BERT vocabulary is not on this machine")
+def test_berts_own_vocabulary_gives_berts_own_ids(tmp_path: Path) -> None:
+    vocab.take(SHARED, tmp_path, cased=False)
+    tokenizer = vocab.load(tmp_path)
+    assert tokenizer.get_vocab_size() == 30522
+    assert tokenizer.encode("Hello world").ids == [101, 7592, 2088, 102]
