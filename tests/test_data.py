@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpora import CLS, MASK, PAD, SEP, V, random_documents, write_corpus
 from earlybert.config import EarlyBertError, SettingsError
 from earlybert.data import (
     DataSettings,
@@ -30,54 +31,7 @@ from earlybert.data import (
 )
 from earlybert.masking import mask, predictions_a_row, read_vocabulary, words_a_row
 from earlybert.order import key_of, permute, words
-from earlybert.shards import Corpus, Manifest, ShardWriter, shard_name, tokenizer_sha256, write_manifest
-
-PAD, UNK, CLS, SEP, MASK = range(5)
-V = 500
-Document = tuple[np.ndarray, list[int]]
-
-
-def write_corpus(folder: Path, documents: list[Document]) -> Corpus:
-    """Write documents as two shards beside a vocabulary in which every third token continues a word."""
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir(parents=True)
-    vocabulary = {token: id for id, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
-    vocabulary |= {f"##p{id}" if id % 3 == 0 else f"w{id}": id for id in range(5, V)}
-    (tokenizer / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-    infos = []
-    half = len(documents) // 2
-    for index, part in enumerate([documents[:half], documents[half:]]):
-        with ShardWriter(folder / shard_name(index, of=2), token_dtype="uint16") as writer:
-            for number, (tokens, starts) in enumerate(part):
-                writer.add(tokens, starts, "text", str(number))
-        infos.append(writer.close())
-    write_manifest(
-        folder,
-        Manifest(
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
-            vocab_size=V,
-            token_dtype="uint16",
-            documents=sum(info.documents for info in infos),
-            sentences=sum(info.sentences for info in infos),
-            tokens=sum(info.tokens for info in infos),
-            shards=tuple(infos),
-            fingerprint="f" * 64,
-            settings={},
-            sources={},
-            statistics={},
-        ),
-    )
-    return Corpus.open(folder)
-
-
-def random_documents(count: int, *, longest: int, seed: int = 0) -> list[Document]:
-    rng = np.random.default_rng(seed)
-    documents = []
-    for _ in range(count):
-        tokens = rng.integers(5, V, rng.integers(1, longest))
-        inner = rng.integers(1, max(2, len(tokens)), 1 + len(tokens) // 12)
-        documents.append((tokens, [0, *sorted({int(start) for start in inner if start < len(tokens)})]))
-    return documents
+from earlybert.shards import Corpus
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,205 @@
+"""The run as an operator sees it: two processes, killed and started again, equal to the last bit to an unbroken run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import random_documents, write_corpus
+
+from earlybert import checkpoint
+from earlybert.config import to_toml
+from earlybert.engine import _free_port
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+
+ROOT = Path(__file__).parent.parent.parent
+PRETRAIN = ROOT / "scripts" / "pretrain.py"
+
+EXPERIMENT = {
+    "name": "run",
+    "deepspeed": "ds.json",
+    "seed": 3,
+    "log_every": 1,
+    "model": {"layers": 2, "hidden": 32, "heads": 4, "neurons": 48, "positions": 32},  # with dropout
+    "data": {"held_out": 0.1, "workers": 1},
+    "phases": [
+        {"steps": 12, "sequence_length": 16, "batch": 8, "micro_batch": 2, "learning_rate": 3e-3},
+        {"steps": 4, "sequence_length": 32, "batch": 4, "micro_batch": 2, "learning_rate": 1e-3},
+    ],
+    "ticket": {"every": 2, "minimum_step": 6, "latest_step": 6, "neuron_multiple": 1, "minimum_neurons": 1},
+    "evaluate": {"every": 5, "samples": 8},
+    "checkpoint": {"every": 4},
+}
+
+
+class Folder:
+    """An experiment file, its DeepSpeed JSON and its corpus in a folder of the test's."""
+
+    def __init__(self, path: Path, *, stage: int, precision: str) -> None:
+        self.path = path
+        write_corpus(path / "corpus", random_documents(60, longest=120))
+        mechanics = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100000}}
+        if precision != "fp32":
+            mechanics[precision] = {"enabled": True}
+        (path / "ds.json").write_text(json.dumps(mechanics))
+        values = {**EXPERIMENT, "runs": str(path / "runs")}
+        values["data"] = {**values["data"], "corpus": str(path / "corpus")}
+        (path / "e.toml").write_text(to_toml(values))
+
+    def start(self, *words: str, ranks: int = 2, script: Path = PRETRAIN, **environment: str) -> list[subprocess.Popen]:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "DS_ACCELERATOR": "cpu",
+            **environment,
+        }
+        command = [sys.executable, str(script), str(self.path / "e.toml"), *words]
+        processes = []
+        for rank in range(ranks):
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = open(self.path / f"log-{rank}.txt", "ab")  # noqa: SIM115 - lives as long as the process
+            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+        return processes
+
+    def run(self, *words: str, **options) -> list[int]:
+        return [process.wait(timeout=240) for process in self.start(*words, **options)]
+
+    def metrics(self, name: str) -> list[dict]:
+        path = self.path / "runs" / name / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def stop_at(self, name: str, step: int, sent: signal.Signals) -> list[int]:
+        """Start, wait for a step, send every rank the signal, and return the exit codes."""
+        processes = self.start(f"name={name}")
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= step for line in self.metrics(name)):
+            assert time.monotonic() < deadline and all(p.poll() is None for p in processes), self.log()
+            time.sleep(0.01)
+        for process in processes:
+            process.send_signal(sent)
+        return [process.wait(timeout=120) for process in processes]
+
+    def log(self) -> str:
+        return (self.path / "log-0.txt").read_text()[-5000:]
+
+
+def told(lines: list[dict]) -> list[tuple]:
+    """What must not depend on a stop: everything but the times."""
+    return [tuple((k, v) for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")) for line in lines]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_the_last_bit(tmp_path, stage, precision):
+    folder = Folder(tmp_path, stage=stage, precision=precision)
+    assert folder.run("name=unbroken") == [0, 0], folder.log()
+    unbroken = folder.metrics("unbroken")
+    assert [line["step"] for line in unbroken] == list(range(17))
+    assert unbroken[6]["heads_kept"] < unbroken[5]["heads_kept"]
+
+    assert folder.stop_at("broken", 5, signal.SIGKILL) == [-signal.SIGKILL] * 2
+    dying = Path(__file__).parent / "pretrain_dying_in_draw.py"
+    codes = folder.run("name=broken", script=dying)
+    assert -signal.SIGKILL in codes, folder.log()
+    runs = folder.path / "runs"
+    assert not (runs / "broken" / "ticket.json").exists(), "died before the ticket was written"
+    assert folder.stop_at("broken", 9, signal.SIGTERM) == [143, 143], folder.log()
+    assert folder.run("name=broken") == [0, 0], folder.log()
+
+    assert told(folder.metrics("broken")) == told(unbroken)
+    tickets = [json.loads((runs / name / "ticket.json").read_text()) for name in ("unbroken", "broken")]
+    assert tickets[0] == tickets[1]
+    assert folder.run("name=broken") == [0, 0], "a finished run is finished at once"
+    assert told(folder.metrics("broken")) == told(unbroken)
+    if stage:
+        assert_zero_to_fp32_gives_the_shrunken_weights(runs / "broken" / "checkpoints", tmp_path / "consolidated")
+
+
+def assert_zero_to_fp32_gives_the_shrunken_weights(checkpoints: Path, to: Path) -> None:
+    """DeepSpeed's own script, as it lies beside the checkpoints, against a model of the manifest's shape."""
+    subprocess.run([sys.executable, checkpoints / "zero_to_fp32.py", checkpoints, to], check=True, capture_output=True)
+    weights = {}
+    for file in to.glob("*.bin"):
+        weights.update(torch.load(file, weights_only=True))
+    manifest = checkpoint.read_manifest(checkpoints / (checkpoints / "latest").read_text())
+    config = EarlyBertConfig.from_dict(manifest.model)
+    assert sum(config.heads_per_layer) == 6 and sum(config.neurons_per_layer) < 96
+    model = EarlyBertForPreTraining(config)
+    model.load_state_dict(weights, strict=True)
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    model.eval()
+    ids = (torch.arange(16) * 7919 % config.vocab_size)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, masked_positions=torch.arange(0, 16, 4)[None]).prediction_logits
+    probe = logits.flatten()[:: max(1, logits.numel() // 8)][:8].tolist()
+    assert probe == pytest.approx(manifest.logits, abs=0.05)  # the run computes in bf16, this in fp32
+    assert probe != [0.0] * 8
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return Folder(tmp_path_factory.mktemp("small"), stage=2, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tickett.every=2"], "unknown setting 'tickett'; did you mean 'ticket'"),
+        (["phases.0.batch=9"], "batch 9 is not a multiple of micro_batch 2 x 1 ranks = 2; use batch 8 or 10"),
+        (["ticket.head_ratio=0.9"], "ticket.head_ratio = 0.9 would remove all 4 heads of layer 0"),
+        (["data.corpus=nowhere"], "nowhere"),
+        (["deepspeed=nowhere.json"], "nowhere.json"),
+        (["phases.1.sequence_length=64"], "raise model.positions to 64"),
+    ],
+)
+def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, words, says):
+    done = subprocess.run(
+        [sys.executable, PRETRAIN, small.path / "e.toml", "name=mistake", *words],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert not (small.path / "runs" / "mistake").exists()
+
+
+def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(small):
+    command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port())]
+    command += [PRETRAIN, small.path / "e.toml", "name=launched"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = small.path / "runs" / "launched"
+    names = {"experiment.toml", "deepspeed.json", "environment.json", "metrics.jsonl", "log.txt", "ticket.json"}
+    assert names <= {path.name for path in run.iterdir()}
+    assert list((run / "tensorboard").glob("events.*"))
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    assert folders == ["step-0000012", "step-0000016"], "the two newest, and nothing half-written"
+
+    done = subprocess.run(
+        [sys.executable, PRETRAIN, small.path / "e.toml", "name=launched", "seed=4"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "holds another experiment" in done.stderr, done.stderr
+
+    newest = run / "checkpoints" / "step-0000016"
+    shard = next(newest.glob("*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert small.run("name=launched") == [0, 0], small.log()
+    assert f"step-0000016 is broken and not used: {shard.name} does not match its sha256" in small.log()
+    assert small.metrics("launched")[-1]["step"] == 16
+
+
+def test_more_processes_than_cores_are_refused(small):
+    codes = small.run("name=crowded", LOCAL_WORLD_SIZE=str(len(os.sched_getaffinity(0)) + 1))
+    assert codes == [2, 2] and "CPU cores" in small.log() and not (small.path / "runs" / "crowded").exists()
