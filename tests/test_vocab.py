@@ -84,7 +84,7 @@ def test_too_little_text_names_the_size_and_a_smaller_one() -> None:
     with pytest.raises(
         EarlyBertError, match=r"too little text for --vocab-size 8192: it gives only .* use --vocab-size"
     ):
-        vocab.learn(sentences(20), vocab_size=8192, cased=False)
+        vocab.learn(sentences(), vocab_size=8192, cased=False)
 
 
 @pytest.mark.parametrize("size", [0, -5, 100, 1 << 30])
