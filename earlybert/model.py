@@ -1,18 +1,18 @@
-"""EarlyBERT: a BERT encoder whose layers may differ in heads and neurons, with one coefficient a head and a neuron.
+"""EarlyBERT: a BERT encoder whose layers may differ in heads and neurons, with a coefficient for each.
 
-The shape is data: `EarlyBertConfig` holds heads and neurons per layer, so a shrunken model is built from its config and
-loaded strictly. Parameter names are those of Hugging Face's `BertForPreTraining`, so its weights load here.
+The shape is data: `EarlyBertConfig` holds heads and neurons per layer, so a shrunken model is built from
+its config and loaded strictly. Parameters are named as in Hugging Face's `BertForPreTraining`, whose weights
+load here.
 
-The surprise: the masked-LM head runs on masked positions only. With `masked_positions` given, `prediction_logits` has a
-row for each of them, not for each token. This file imports nothing of its package: an export carries a copy of it.
+The surprise: the masked-LM head runs on masked positions only. With `masked_positions`, `prediction_logits`
+has a row for each of them, not for each token. It imports nothing of its package: exports carry a copy.
 
-Shapes: B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head size, F neurons, V vocabulary.
+B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head size, F neurons, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ _ACTIVATIONS = {
 
 
 class EarlyBertConfig(PretrainedConfig):
-    """Shape and settings of an EarlyBERT; `*_per_layer` hold the true widths, the scalars those of the dense model."""
+    """Shape and settings of an EarlyBERT; `*_per_layer` are true widths, the scalars the dense model's."""
 
     model_type = "earlybert"
 
@@ -67,15 +67,23 @@ class EarlyBertConfig(PretrainedConfig):
             raise ValueError(f"coefficients = {coefficients!r}: choose one of {', '.join(COEFFICIENTS)}")
         if hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act = {hidden_act!r}: choose one of {', '.join(_ACTIVATIONS)}")
+        if others.get("position_embedding_type", "absolute") != "absolute" or others.get("is_decoder"):
+            raise ValueError(
+                "only BERT encoders with absolute positions are known; this configuration is another"
+            )
         if head_size is None and hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = intermediate_size
         self.head_size = head_size or hidden_size // num_attention_heads
-        self.heads_per_layer = _per_layer(heads_per_layer, num_attention_heads, num_hidden_layers, "heads_per_layer")
+        self.heads_per_layer = _per_layer(
+            heads_per_layer, num_attention_heads, num_hidden_layers, "heads_per_layer"
+        )
         self.neurons_per_layer = _per_layer(
             neurons_per_layer, intermediate_size, num_hidden_layers, "neurons_per_layer"
         )
@@ -88,7 +96,7 @@ class EarlyBertConfig(PretrainedConfig):
         self.type_vocab_size = type_vocab_size
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **others)
+        super().__init__(**others)
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
 
@@ -104,9 +112,9 @@ class EarlyBertOutput(ModelOutput):
     """What a forward pass returns."""
 
     loss: torch.Tensor | None = None
-    """Mean masked-LM loss over the labelled positions, in fp32, plus the next-sentence loss where it is labelled."""
+    """Mean masked-LM loss over the labelled positions, in fp32, plus the next-sentence loss if labelled."""
     prediction_logits: torch.Tensor | None = None
-    """[B, P, V] with `masked_positions`, else [B, T, V]; None where only `labels` were given while training."""
+    """[B, P, V] with `masked_positions`, else [B, T, V]; None where `labels` were given in training mode."""
     seq_relationship_logits: torch.Tensor | None = None
     """[B, 2]; class 1 means that the second segment does not follow the first."""
     correct: torch.Tensor | None = None
@@ -114,10 +122,21 @@ class EarlyBertOutput(ModelOutput):
     counted: torch.Tensor | None = None
     """Masked positions with a label, a scalar."""
 
+
+@dataclass
+class EarlyBertMaskedLMOutput(ModelOutput):
+    """What `EarlyBertForMaskedLM` returns: the names of stock `BertForMaskedLM`, which pipelines look up."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    """As `EarlyBertOutput.prediction_logits`."""
+    correct: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
+
     @property
-    def logits(self) -> torch.Tensor | None:
-        """`prediction_logits` under the name that pipelines use."""
-        return self.prediction_logits
+    def prediction_logits(self) -> torch.Tensor | None:
+        """`logits` under the name of `EarlyBertOutput`."""
+        return self.logits
 
 
 class _Embeddings(nn.Module):
@@ -142,9 +161,14 @@ class _Embeddings(nn.Module):
 
 
 def attend(
-    q_BNTH: torch.Tensor, k_BNTH: torch.Tensor, v_BNTH: torch.Tensor, *, mask: torch.Tensor | None, dropout: float
+    q_BNTH: torch.Tensor,
+    k_BNTH: torch.Tensor,
+    v_BNTH: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    dropout: float,
 ) -> torch.Tensor:
-    """Scaled dot-product attention; the one place where attention is computed. `mask`: bool [B, 1, 1, T] or None."""
+    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1, T] or None."""
     return functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout)
 
 
@@ -329,26 +353,40 @@ class EarlyBertForPreTraining(PreTrainedModel):
         masked_labels: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
-        **_: Any,
     ) -> EarlyBertOutput:
         """Run the encoder and the heads.
 
         `input_ids`, `attention_mask` (1 real, 0 padding), `token_type_ids`, `position_ids`, `labels`: [B, T];
-        `masked_positions`, `masked_labels`: [B, P], positions within the row; `next_sentence_label`: [B]. A label of
-        -100 is not counted. Give either `masked_positions` (the head then runs on those rows only) or `labels`.
+        `masked_positions`, `masked_labels`: [B, P], positions within the row; `next_sentence_label`: [B].
+        A label of -100 is not counted. Give either `masked_positions` (static shapes; the head runs on those
+        rows only) or `labels`, as stock BERT has them; in training mode the head then runs on the labelled
+        rows only. Raises ValueError for both, and for labels that have no head or no positions.
         """
+        if masked_positions is not None and labels is not None:
+            raise ValueError(
+                "labels and masked_positions are both given; give one (masked_labels go with the latter)"
+            )
+        if masked_labels is not None and masked_positions is None:
+            raise ValueError("masked_labels are given without masked_positions; give both")
+        if next_sentence_label is not None and not self.config.next_sentence:
+            raise ValueError(
+                "next_sentence_label is given to a model without that head; set config.next_sentence"
+            )
         x_BTD, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        rows, targets, shape = x_BTD.flatten(0, 1), None, None
         if masked_positions is not None:
             first_B1 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None] * x_BTD.shape[1]
-            chosen = (first_B1 + masked_positions).flatten()
-            logits = self.cls.predictions(x_BTD.flatten(0, 1).index_select(0, chosen))
+            rows = rows.index_select(0, (first_B1 + masked_positions).flatten())
             targets = None if masked_labels is None else masked_labels.flatten()
             shape = masked_positions.shape
+        elif labels is not None and self.training:
+            labelled = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+            rows, targets = rows.index_select(0, labelled), labels.flatten()[labelled]
         else:
-            logits = self.cls.predictions(x_BTD.flatten(0, 1))
             targets = None if labels is None else labels.flatten()
             shape = input_ids.shape
-        output = EarlyBertOutput(prediction_logits=logits.view(*shape, -1))
+        logits = self.cls.predictions(rows)
+        output = EarlyBertOutput(prediction_logits=None if shape is None else logits.view(*shape, -1))
         if targets is not None:
             counted = (targets != IGNORED).sum()
             total = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
@@ -375,9 +413,10 @@ class EarlyBertForPreTraining(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx].zero_()
+            # A slice loses the mark that guards a loaded weight from a second initialisation: ask the whole.
+            loaded = getattr(module.weight, "_is_hf_initialized", False)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and not loaded:
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -388,17 +427,35 @@ class EarlyBertForPreTraining(PreTrainedModel):
 
 
 class EarlyBertForMaskedLM(EarlyBertForPreTraining):
-    """The same model without the next-sentence head, under the name that `AutoModelForMaskedLM` looks for."""
+    """The same model without the next-sentence head; called, and answering, like stock `BertForMaskedLM`."""
 
     def __init__(self, config: EarlyBertConfig) -> None:
         if config.next_sentence:
             config = type(config).from_dict({**config.to_dict(), "next_sentence": False})
         super().__init__(config)
 
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+        masked_labels: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> EarlyBertMaskedLMOutput:
+        """Run encoder and head; the arguments are those of `EarlyBertForPreTraining`."""
+        output = super().forward(
+            input_ids, attention_mask, token_type_ids, position_ids, masked_positions, masked_labels, labels
+        )
+        return EarlyBertMaskedLMOutput(
+            loss=output.loss, logits=output.prediction_logits, correct=output.correct, counted=output.counted
+        )
+
 
 def seeded_model(config: EarlyBertConfig, *, seed: int) -> EarlyBertForPreTraining:
-    """A model whose initial weights are a pure function of (seed, parameter name, shape); fp32 on the host."""
-    with torch.random.fork_rng():
+    """A model whose initial weights are a pure function of (seed, parameter name, shape); fp32 on CPU."""
+    with torch.random.fork_rng(devices=[]):
         model = EarlyBertForPreTraining(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -409,7 +466,8 @@ def seeded_model(config: EarlyBertConfig, *, seed: int) -> EarlyBertForPreTraini
 def initial_value(name: str, config: EarlyBertConfig, *, seed: int) -> torch.Tensor:
     """The initial value of one parameter of `seeded_model(config, seed=seed)`, without building the model.
 
-    So a ticket that rewinds regenerates the dense weights one parameter at a time. Raises KeyError for unknown names.
+    So a ticket that rewinds regenerates the dense weights one parameter at a time. Raises KeyError for
+    an unknown name.
     """
     shape = _shape(name, config)
     if name.endswith(("LayerNorm.weight", ".coefficients")):
@@ -450,42 +508,43 @@ def _per_layer(widths: list[int] | None, dense: int, layers: int, what: str) -> 
 
 
 def _shape(name: str, config: EarlyBertConfig) -> tuple[int, ...]:
-    """Shape of a parameter by its name."""
+    """Shape of a parameter by its name; KeyError for a name that the model does not have."""
     width, vocabulary = config.hidden_size, config.vocab_size
-    fixed: Mapping[str, tuple[int, ...]] = {
-        "bert.embeddings.word_embeddings.weight": (vocabulary, width),
-        "bert.embeddings.position_embeddings.weight": (config.max_position_embeddings, width),
-        "bert.embeddings.token_type_embeddings.weight": (config.type_vocab_size, width),
-        "bert.pooler.dense.weight": (width, width),
-        "cls.predictions.bias": (vocabulary,),
-        "cls.predictions.decoder.weight": (vocabulary, width),
-        "cls.predictions.decoder.bias": (vocabulary,),
-        "cls.predictions.transform.dense.weight": (width, width),
-        "cls.seq_relationship.weight": (2, width),
-        "cls.seq_relationship.bias": (2,),
-    }
-    if name in fixed:
-        return fixed[name]
-    if ".encoder.layer." not in name:
-        return (width,)  # LayerNorms and the biases of the square matrices
-    layer, _, tail = name.partition(".encoder.layer.")[2].partition(".")
-    inner, neurons = config.heads_per_layer[int(layer)] * config.head_size, config.neurons_per_layer[int(layer)]
-    part = tail.rpartition(".")[0]
-    shapes: Mapping[str, tuple[int, int]] = {
-        "attention.output.dense": (width, inner),
-        "intermediate.dense": (neurons, width),
-        "output.dense": (width, neurons),
-        **{f"attention.self.{which}": (inner, width) for which in ("query", "key", "value")},
-    }
-    if tail == "attention.self.coefficients":
-        return (config.heads_per_layer[int(layer)],)
-    if tail == "intermediate.coefficients":
-        return (neurons,)
-    if part.endswith("LayerNorm"):
-        return (width,)
-    return shapes[part] if tail.endswith("weight") else shapes[part][:1]
+    rest = name.partition("bert.encoder.layer.")[2]
+    if not rest:
+        matrices = {
+            "bert.embeddings.word_embeddings": (vocabulary, width),
+            "bert.embeddings.position_embeddings": (config.max_position_embeddings, width),
+            "bert.embeddings.token_type_embeddings": (config.type_vocab_size, width),
+            "bert.embeddings.LayerNorm": (width,),
+            "bert.pooler.dense": (width, width),
+            "cls.predictions": (vocabulary,),
+            "cls.predictions.decoder": (vocabulary, width),
+            "cls.predictions.transform.dense": (width, width),
+            "cls.predictions.transform.LayerNorm": (width,),
+            "cls.seq_relationship": (2, width),
+        }
+        module, kind = name.rsplit(".", 1)
+    else:
+        index, _, tail = rest.partition(".")
+        widths = zip(config.heads_per_layer, config.neurons_per_layer, strict=True)
+        heads, neurons = {str(i): pair for i, pair in enumerate(widths)}[index]
+        inner = heads * config.head_size
+        matrices = {
+            **{f"attention.self.{which}": (inner, width) for which in ("query", "key", "value")},
+            "attention.output.dense": (width, inner),
+            "attention.output.LayerNorm": (width,),
+            "intermediate.dense": (neurons, width),
+            "output.dense": (width, neurons),
+            "output.LayerNorm": (width,),
+        }
+        module, kind = tail.rsplit(".", 1)
+        if kind == "coefficients":
+            return {"attention.self": (heads,), "intermediate": (neurons,)}[module]
+    return {"weight": matrices[module], "bias": matrices[module][:1]}[kind]
 
 
-AutoConfig.register(EarlyBertConfig.model_type, EarlyBertConfig, exist_ok=True)
-AutoModelForPreTraining.register(EarlyBertConfig, EarlyBertForPreTraining, exist_ok=True)
-AutoModelForMaskedLM.register(EarlyBertConfig, EarlyBertForMaskedLM, exist_ok=True)
+if not __name__.startswith("transformers_modules."):  # an export's copy must not take the package's place
+    AutoConfig.register(EarlyBertConfig.model_type, EarlyBertConfig, exist_ok=True)
+    AutoModelForPreTraining.register(EarlyBertConfig, EarlyBertForPreTraining, exist_ok=True)
+    AutoModelForMaskedLM.register(EarlyBertConfig, EarlyBertForMaskedLM, exist_ok=True)

@@ -1,0 +1,397 @@
+"""The model against stock Hugging Face BERT, the reference for values, gradients, names and files."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+)
+
+from earlybert.model import (
+    EarlyBertConfig,
+    EarlyBertForMaskedLM,
+    EarlyBertForPreTraining,
+    encoder_flops_per_token,
+    initial_value,
+    seeded_model,
+)
+
+SHAPE = {
+    "vocab_size": 71,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+ROWS, TOKENS = 3, 20
+
+
+def small(**changes):
+    return EarlyBertConfig(**{**SHAPE, **changes})
+
+
+def stock():
+    """Stock BERT, eager, in training mode, with no weight left at 0 or 1."""
+    torch.manual_seed(3)
+    model = BertForPreTraining(BertConfig(**SHAPE, attn_implementation="eager")).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def ours(reference, **changes):
+    model = EarlyBertForPreTraining(small(next_sentence=True, **changes)).train()
+    missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith(".coefficients") for name in missing)
+    return model
+
+
+def inputs(*, padding):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(5, 71, (ROWS, TOKENS), generator=generator)
+    labels = torch.where(torch.rand(ROWS, TOKENS, generator=generator) < 0.2, ids.roll(1), -100)
+    labels[:, 1] = ids[:, 2]  # every row has a label
+    batch = {
+        "input_ids": ids,
+        "token_type_ids": (torch.arange(TOKENS) > 9).long().expand(ROWS, -1),
+        "labels": labels,
+        "next_sentence_label": torch.tensor([0, 1, 1]),
+    }
+    if padding:
+        batch["attention_mask"] = (torch.arange(TOKENS) < torch.tensor([[20], [13], [6]])).long()
+        batch["labels"] = torch.where(batch["attention_mask"].bool(), labels, -100)
+    return batch
+
+
+def as_positions(labels):
+    """The labels as `masked_positions` and `masked_labels`, padded as the loader pads them."""
+    width = int((labels != -100).sum(1).max())
+    positions = torch.zeros(ROWS, width, dtype=torch.long)
+    targets = torch.full((ROWS, width), -100)
+    for row, line in enumerate(labels):
+        found = (line != -100).nonzero().squeeze(1)
+        positions[row, : len(found)], targets[row, : len(found)] = found, line[found]
+    return {"masked_positions": positions, "masked_labels": targets}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_near(ours, theirs, *, within=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=within, atol=within, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("way", ["labels", "masked_positions"])
+def test_forward_and_gradients_equal_stock_bert(padding, way):
+    reference, batch = stock(), inputs(padding=padding)
+    model = ours(reference)
+    theirs = reference(**batch)
+    given = dict(batch)
+    if way == "masked_positions":
+        given.update(as_positions(given.pop("labels")))
+    output = model(**given)
+    torch.testing.assert_close(output.loss, theirs.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        output.seq_relationship_logits, theirs.seq_relationship_logits, rtol=1e-5, atol=1e-5
+    )
+    assert_near(gradients(model, output.loss), gradients(reference, theirs.loss))
+
+    del given["next_sentence_label"]
+    logits = model.eval()(**{k: v for k, v in given.items() if "label" not in k}).prediction_logits
+    expected = theirs.prediction_logits
+    if way == "masked_positions":
+        expected = expected[torch.arange(ROWS)[:, None], given["masked_positions"]]
+    torch.testing.assert_close(logits, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_and_labels_give_the_same_loss_gradients_and_counts():
+    model, batch = ours(stock()), inputs(padding=True)
+    by_label = model(**batch)
+    by_position = model(**{k: v for k, v in batch.items() if k != "labels"}, **as_positions(batch["labels"]))
+    torch.testing.assert_close(by_label.loss, by_position.loss)
+    assert_near(gradients(model, by_label.loss), gradients(model, by_position.loss))
+    labels = batch["labels"]
+    evaluated = model.eval()(**batch)
+    right = (evaluated.prediction_logits.argmax(-1) == labels).sum()
+    for output in (by_label, by_position, evaluated):
+        assert output.counted == (labels != -100).sum() and output.correct == right
+        assert output.correct.ndim == output.counted.ndim == 0
+    torch.testing.assert_close(evaluated.loss, by_label.loss)
+
+
+def test_a_batch_without_labels_has_loss_zero_and_zero_gradients():
+    model, batch = ours(stock()), inputs(padding=False)
+    del batch["next_sentence_label"]
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for mode in (True, False):
+        output = model.train(mode)(**batch)
+        assert output.loss == 0 and output.counted == 0
+    positions = as_positions(inputs(padding=False)["labels"])
+    positions["masked_labels"].fill_(-100)
+    output = model.train()(input_ids=batch["input_ids"], **positions)
+    assert output.loss == 0
+    assert all(not g.any() for g in gradients(model, output.loss).values())
+
+
+def test_a_row_of_nothing_but_padding_has_finite_values_and_gradients():
+    model, batch = ours(stock()), inputs(padding=True)
+    batch["attention_mask"][2] = 0
+    batch["labels"][2] = -100
+    output = model(**batch)
+    assert output.loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients(model, output.loss).values())
+
+
+def test_labels_that_the_model_cannot_use_are_refused():
+    model, batch = EarlyBertForPreTraining(small()), inputs(padding=False)
+    ids, both = batch["input_ids"], as_positions(batch["labels"])
+    with pytest.raises(ValueError, match="both given"):
+        model(ids, labels=batch["labels"], **both)
+    with pytest.raises(ValueError, match="without masked_positions"):
+        model(ids, masked_labels=both["masked_labels"])
+    with pytest.raises(ValueError, match="without that head"):
+        model(ids, next_sentence_label=batch["next_sentence_label"])
+    with pytest.raises(TypeError, match="masked_label"):
+        model(ids, masked_label=both["masked_labels"])
+
+
+def test_without_next_sentence_there_is_no_pooler():
+    names = EarlyBertForPreTraining(small()).state_dict()
+    assert not any("pooler" in name or "seq_relationship" in name for name in names)
+    assert names.keys() == BertForMaskedLM(BertConfig(**SHAPE)).state_dict().keys()
+
+
+def test_parameter_names_and_shapes_are_those_of_stock_bert():
+    theirs = {name: p.shape for name, p in BertForPreTraining(BertConfig(**SHAPE)).named_parameters()}
+    assert {
+        name: p.shape for name, p in EarlyBertForPreTraining(small(next_sentence=True)).named_parameters()
+    } == theirs
+
+
+@pytest.mark.parametrize("spelling", ["weight and bias", "gamma and beta"])
+def test_a_folder_of_stock_bert_loads(tmp_path, spelling):
+    reference = stock().eval()
+    reference.save_pretrained(tmp_path)
+    if spelling == "gamma and beta":
+        weights = load_file(tmp_path / "model.safetensors")
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, name in old.items():
+            weights = {key.replace(new, name): value for key, value in weights.items()}
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    batch = {k: v for k, v in inputs(padding=True).items() if "label" not in k}
+    with torch.no_grad():
+        expected = reference(**batch)
+        model = EarlyBertForPreTraining.from_pretrained(
+            tmp_path, next_sentence=True, coefficients="train"
+        ).eval()
+        output = model(**batch)
+        bare = EarlyBertForMaskedLM.from_pretrained(tmp_path).eval()(**batch)
+    torch.testing.assert_close(output.prediction_logits, expected.prediction_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        output.seq_relationship_logits, expected.seq_relationship_logits, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(bare.logits, expected.prediction_logits, rtol=1e-5, atol=1e-5)
+    assert all((p == 1).all() for name, p in model.named_parameters() if name.endswith(".coefficients"))
+    assert model.bert.embeddings.word_embeddings.weight[0].any(), (
+        "the padding row is loaded, not set to zero again"
+    )
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+def test_a_configuration_of_another_kind_of_bert_is_refused():
+    with pytest.raises(ValueError, match="absolute positions"):
+        small(position_embedding_type="relative_key")
+    with pytest.raises(ValueError, match="hidden_act = 'mish'"):
+        small(hidden_act="mish")
+    with pytest.raises(ValueError, match="coefficients = 'yes'"):
+        small(coefficients="yes")
+    with pytest.raises(ValueError, match="not a multiple"):
+        small(num_attention_heads=5)
+    with pytest.raises(ValueError, match="need 3 numbers from 1 to 4"):
+        small(heads_per_layer=[4, 4])
+    with pytest.raises(ValueError, match="need 3 numbers from 1 to 40"):
+        small(neurons_per_layer=[40, 0, 40])
+
+
+def test_coefficients_of_one_change_nothing_and_train_or_freeze():
+    reference, batch = stock(), inputs(padding=True)
+    plain = ours(reference)(**batch)
+    for setting in ("train", "freeze"):
+        model = ours(reference, coefficients=setting)
+        found = {name: p for name, p in model.named_parameters() if name.endswith(".coefficients")}
+        assert len(found) == 6 and all(p.requires_grad is (setting == "train") for p in found.values())
+        assert {tuple(p.shape) for p in found.values()} == {(4,), (40,)}
+        output = model(**batch)
+        assert torch.equal(output.loss, plain.loss)
+        grads = gradients(model, output.loss)
+        assert all((name in grads) is (setting == "train") for name in found)
+
+
+def test_a_coefficient_scales_as_its_column_of_the_next_matrix_does():
+    torch.manual_seed(1)
+    model, batch = ours(stock(), coefficients="train"), inputs(padding=True)
+    folded = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, plain in zip(model.bert.encoder.layer, folded.bert.encoder.layer, strict=True):
+            heads, neurons = layer.attention.self.coefficients, layer.intermediate.coefficients
+            heads.uniform_(-1, 1)
+            neurons.uniform_(-1, 1)
+            plain.attention.output.dense.weight *= heads.repeat_interleave(8)
+            plain.output.dense.weight *= neurons
+    torch.testing.assert_close(model(**batch).loss, folded(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_coefficients_equal_a_model_built_without_those_heads_and_neurons():
+    heads, neurons = [[0, 2, 3], [1], [0, 1, 2, 3]], [list(range(0, 40, 2)), [5], list(range(40))]
+    model, batch = ours(stock(), coefficients="train"), inputs(padding=True)
+    shrunk = EarlyBertForPreTraining(
+        small(
+            next_sentence=True, heads_per_layer=[3, 1, 4], neurons_per_layer=[20, 1, 40], coefficients="none"
+        )
+    )
+    weights = model.state_dict()
+    for index, (layer, h, n) in enumerate(zip(model.bert.encoder.layer, heads, neurons, strict=True)):
+        with torch.no_grad():
+            layer.attention.self.coefficients.copy_(torch.tensor([float(i in h) for i in range(4)]))
+            layer.intermediate.coefficients.copy_(torch.tensor([float(i in n) for i in range(40)]))
+        rows = torch.cat([torch.arange(i * 8, i * 8 + 8) for i in h])
+        at = f"bert.encoder.layer.{index}."
+        for part in ("query", "key", "value"):
+            for kind in ("weight", "bias"):
+                weights[f"{at}attention.self.{part}.{kind}"] = weights[f"{at}attention.self.{part}.{kind}"][
+                    rows
+                ]
+        weights[f"{at}attention.output.dense.weight"] = weights[f"{at}attention.output.dense.weight"][:, rows]
+        for kind in ("weight", "bias"):
+            weights[f"{at}intermediate.dense.{kind}"] = weights[f"{at}intermediate.dense.{kind}"][n]
+        weights[f"{at}output.dense.weight"] = weights[f"{at}output.dense.weight"][:, n]
+    shrunk.load_state_dict({k: v for k, v in weights.items() if not k.endswith(".coefficients")}, strict=True)
+    torch.testing.assert_close(shrunk(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_has_its_own_shape_and_loads_strictly_from_its_config():
+    config = small(
+        heads_per_layer=[1, 4, 2], neurons_per_layer=[7, 40, 1], coefficients="freeze", next_sentence=True
+    )
+    model = seeded_model(config, seed=1)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for index, (heads, neurons) in enumerate([(1, 7), (4, 40), (2, 1)]):
+        at = f"bert.encoder.layer.{index}."
+        assert shapes[f"{at}attention.self.query.weight"] == (heads * 8, 32)
+        assert shapes[f"{at}attention.output.dense.weight"] == (32, heads * 8)
+        assert shapes[f"{at}attention.self.coefficients"] == (heads,)
+        assert shapes[f"{at}intermediate.dense.bias"] == (neurons,)
+        assert shapes[f"{at}output.dense.weight"] == (32, neurons)
+    again = EarlyBertForPreTraining(EarlyBertConfig.from_dict(config.to_dict()))
+    again.load_state_dict(model.state_dict(), strict=True)
+    batch = inputs(padding=False)
+    assert torch.equal(model.eval()(**batch).loss, again.eval()(**batch).loss)
+    dense = config.dense()
+    assert dense.heads_per_layer == [4, 4, 4] and dense.neurons_per_layer == [40, 40, 40]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        EarlyBertForPreTraining(dense).load_state_dict(model.state_dict())
+
+
+def test_initial_weights_are_a_pure_function_of_the_seed():
+    config = small(coefficients="train", next_sentence=True)
+    torch.manual_seed(11)
+    before = torch.random.get_rng_state()
+    model = seeded_model(config, seed=7)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global generator is left alone"
+    torch.manual_seed(12)
+    again, other = seeded_model(config, seed=7), seeded_model(config, seed=8)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, dict(again.named_parameters())[name])
+        assert torch.equal(value, initial_value(name, config, seed=7)), name
+        if name.endswith("weight") and "LayerNorm" not in name:
+            assert not torch.equal(value, dict(other.named_parameters())[name])
+            assert 0.01 < value.std() < 0.03
+        else:
+            assert (value == (0 if name.endswith("bias") else 1)).all()
+    words = model.bert.embeddings.word_embeddings.weight
+    assert not words[0].any() and words[1:].any(1).all()
+    weights = [p.flatten()[:32] for n, p in model.named_parameters() if n.endswith("query.weight")]
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_the_initial_value_of_an_unknown_parameter_is_an_error():
+    for name in (
+        "bert.encoder.layer.0.attention.self.gate.weight",
+        "bert.nothing.weight",
+        "bert.encoder.layer.9.output.x",
+    ):
+        with pytest.raises(KeyError):
+            initial_value(name, small(), seed=1)
+
+
+@pytest.mark.parametrize("coefficients", ["none", "train"])
+def test_bf16_runs_and_the_loss_is_fp32(coefficients):
+    reference, batch = stock(), inputs(padding=True)
+    exact = ours(reference)(**batch)
+    model = ours(reference, coefficients=coefficients).bfloat16()
+    output = model(**{k: v for k, v in batch.items() if k != "labels"}, **as_positions(batch["labels"]))
+    assert output.loss.dtype == torch.float32 and output.prediction_logits.dtype == torch.bfloat16
+    torch.testing.assert_close(output.loss, exact.loss, rtol=0.05, atol=0.05)
+    assert all(g.isfinite().all() for g in gradients(model, output.loss).values())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_also_with_dropout():
+    model = ours(stock(), coefficients="train", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    batch, results = inputs(padding=True), []
+    for enabled in (False, True):
+        (model.gradient_checkpointing_enable if enabled else model.gradient_checkpointing_disable)()
+        assert model.bert.encoder.gradient_checkpointing is enabled
+        torch.manual_seed(4)
+        results.append(gradients(model, model(**batch).loss))
+    assert_near(*results, within=1e-6)
+
+
+def test_it_saves_loads_and_is_found_by_the_auto_classes(tmp_path):
+    config = small(
+        heads_per_layer=[1, 4, 2], neurons_per_layer=[7, 40, 1], coefficients="train", next_sentence=True
+    )
+    model = seeded_model(config, seed=1).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".coefficients"):
+                parameter.uniform_(0.2, 2)
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), EarlyBertConfig)
+    batch = inputs(padding=True)
+    for loader in (EarlyBertForPreTraining, AutoModelForPreTraining):
+        again = loader.from_pretrained(tmp_path).eval()
+        assert type(again) is EarlyBertForPreTraining and again.config.heads_per_layer == [1, 4, 2]
+        assert_near(again.state_dict(), model.state_dict(), within=0)
+        assert torch.equal(again(**batch).loss, model(**batch).loss)
+    for loader in (EarlyBertForMaskedLM, AutoModelForMaskedLM):
+        again = loader.from_pretrained(tmp_path).eval()
+        assert type(again) is EarlyBertForMaskedLM and again.bert.pooler is None
+        output = again(**{k: v for k, v in batch.items() if k != "next_sentence_label"})
+        assert torch.equal(output["logits"], model(**batch).prediction_logits)
+
+
+def test_flops_count_the_matrices_that_are_there():
+    config = small(num_hidden_layers=2, heads_per_layer=[4, 1], neurons_per_layer=[40, 10])
+    # Layer 0: four matrices 32 x 32, two 32 x 40, scores and values; layer 1: inner width 8, 10 neurons.
+    first = 2 * (4 * 32 * 32 + 2 * 32 * 40 + 2 * 20 * 32)
+    second = 2 * (4 * 32 * 8 + 2 * 32 * 10 + 2 * 20 * 8)
+    assert encoder_flops_per_token(config, sequence_length=20) == first + second
