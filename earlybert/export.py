@@ -1,0 +1,263 @@
+"""A trained model for others to load: *compact* in its true shape, or *dense* in that of stock BERT.
+
+Compact carries a copy of `model.py` beside the weights, so it loads with `trust_remote_code=True` where this
+package is not installed, and through the package without it. Dense has the coefficients folded in and zeros
+where heads and neurons went. Either is loaded again from disk and compared with the trained model before it
+gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+)
+from transformers.utils import logging as transformers_logging
+
+from earlybert import checkpoint
+from earlybert import model as modelling
+from earlybert.checkpoint import Checkpoint
+from earlybert.config import EarlyBertError, read_toml, sync_folder
+from earlybert.engine import Progress
+from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
+from earlybert.shrink import bert_layers, fold_map, index_map
+from earlybert.ticket import Kept
+
+Form = Literal["compact", "dense"]
+CODE = "modeling_earlybert.py"
+MARK = "earlybert_export.json"
+"""Stands in every export, so that an export may replace an older one and nothing else."""
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a trained model and where it came from."""
+
+    weights: Mapping[str, torch.Tensor]
+    """fp32 by parameter name."""
+    config: EarlyBertConfig
+    tokenizer: Path
+    """A tokenizer folder; its files are copied."""
+    heads: Kept | None = None
+    """Kept indices in terms of the dense model; None for a model that was never shrunken."""
+    neurons: Kept | None = None
+    facts: Mapping[str, Any] | None = None
+    """Figures of the run for the model card."""
+
+
+def export(source: Source, *, to: Path, form: Form) -> float:
+    """Write `source` to the folder `to` and return the largest difference of logits after loading it again.
+
+    Raises EarlyBertError, leaving nothing behind, where `to` is something else than an export or the logits
+    differ by more than 1e-5 of their largest magnitude.
+    """
+    if to.exists() and not (to / MARK).exists() and (not to.is_dir() or any(to.iterdir())):
+        raise EarlyBertError(f"{to} exists and is not an export; choose another folder")
+    hidden = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        trained = _model(source)
+        (_write_compact if form == "compact" else _write_dense)(source, trained, hidden)
+        for path in source.tokenizer.iterdir():
+            if path.is_file():
+                shutil.copy(path, hidden / path.name)
+        difference, scale = _compare(source, trained, hidden, form=form)
+        if not difference <= TOLERANCE * max(1.0, scale):
+            raise EarlyBertError(
+                f"{to}: the {form} export's logits differ from the trained model's by {difference:.3g} "
+                f"(largest logit {scale:.3g}); nothing was written: this is a fault of the program, report it"
+            )
+        (hidden / "README.md").write_text(_card(source, form=form, difference=difference), encoding="utf-8")
+        (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
+        sync_folder(hidden)
+        shutil.rmtree(to, ignore_errors=True)
+        os.rename(hidden, to)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return difference
+
+
+def read_run(path: Path) -> Source:
+    """What to export from a run folder (its newest good checkpoint) or from a checkpoint folder.
+
+    Raises EarlyBertError where `path` is neither, or the checkpoint's files do not match its manifest.
+    """
+    if (path / "manifest.json").exists():
+        manifest = checkpoint.read_manifest(path)
+        wrong = checkpoint.flaws(path, manifest)
+        if wrong:
+            raise EarlyBertError(f"{path} is broken: {'; '.join(wrong)}; use another checkpoint")
+        found, run = Checkpoint(path, manifest), path.parent.parent
+    elif (path / "checkpoints").is_dir():
+        newest = checkpoint.newest_good(path / "checkpoints")
+        if newest is None:
+            raise EarlyBertError(f"{path}: no complete checkpoint yet; export after the first one")
+        found, run = newest, path
+    else:
+        raise EarlyBertError(f"{path}: neither a run folder nor a checkpoint; give runs/NAME")
+    corpus = Path(read_toml(run / "experiment.toml")["data"]["corpus"])
+    tokenizer = corpus / "tokenizer"
+    if not tokenizer.is_dir():
+        raise EarlyBertError(f"{tokenizer}: the corpus' tokenizer is not there; restore {corpus}")
+    progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
+    eval_losses = found.manifest.trainer.get("eval_losses", {})
+    facts = {"optimizer steps": f"{found.manifest.step:,}"}
+    if progress.tickets:
+        facts["ticket"] = str(progress.tickets[-1])
+    if eval_losses:
+        step = max(eval_losses, key=int)
+        facts["held-out masked-LM loss"] = f"{eval_losses[step]:.4f} at step {int(step):,}"
+    return Source(
+        weights=checkpoint.weights(found),
+        config=EarlyBertConfig.from_dict(found.manifest.model),
+        tokenizer=tokenizer,
+        heads=progress.heads,
+        neurons=progress.neurons,
+        facts=facts,
+    )
+
+
+def dense_weights(source: Source) -> dict[str, torch.Tensor]:
+    """The weights in the dense model's shape: coefficients folded in, zeros where heads and neurons went."""
+    config, layers = source.config, bert_layers(source.config.num_hidden_layers)
+    weights = {name: value.clone() for name, value in source.weights.items()}
+    if config.coefficients != "none":
+        for name, coefficients in fold_map(layers, weights).items():
+            columns = weights[name].shape[1]
+            weights[name] = weights[name] * coefficients.repeat_interleave(columns // coefficients.numel())
+        weights = {name: value for name, value in weights.items() if not name.endswith(".coefficients")}
+    if source.heads is None or source.neurons is None:
+        return weights
+    widths = {0: config.num_attention_heads * config.head_size, 1: config.intermediate_size}
+    for name, by in index_map(source.heads, source.neurons, head_size=config.head_size).items():
+        if name not in weights:
+            continue
+        shape = list(weights[name].shape)
+        shape[by.dim] = widths[0 if ".attention." in name else 1]
+        weights[name] = torch.zeros(shape).index_copy_(by.dim, by.kept, weights[name])
+    return weights
+
+
+def _model(source: Source) -> EarlyBertForPreTraining:
+    kind = EarlyBertForPreTraining if source.config.next_sentence else EarlyBertForMaskedLM
+    model = kind(source.config)
+    model.load_state_dict(dict(source.weights), strict=True)
+    return model.eval()
+
+
+def _write_compact(source: Source, trained: EarlyBertForPreTraining, folder: Path) -> None:
+    trained.save_pretrained(folder)
+    shutil.copy(modelling.__file__, folder / CODE)
+    code = CODE.removesuffix(".py")
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["auto_map"] = {
+        "AutoConfig": f"{code}.EarlyBertConfig",
+        "AutoModelForMaskedLM": f"{code}.EarlyBertForMaskedLM",
+        "AutoModelForPreTraining": f"{code}.EarlyBertForPreTraining",
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_dense(source: Source, trained: EarlyBertForPreTraining, folder: Path) -> None:
+    config = source.config
+    if config.num_attention_heads * config.head_size != config.hidden_size:
+        raise EarlyBertError(
+            f"head_size {config.head_size} x {config.num_attention_heads} heads is not hidden_size "
+            f"{config.hidden_size}: stock BERT cannot hold it; export the compact form"
+        )
+    names = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings",
+        "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id",
+    )  # fmt: skip
+    stock = (BertForPreTraining if config.next_sentence else BertForMaskedLM)(
+        BertConfig(**{name: getattr(config, name) for name in names})
+    )
+    stock.load_state_dict(dense_weights(source), strict=True)
+    stock.save_pretrained(folder)
+
+
+def _compare(
+    source: Source, trained: EarlyBertForPreTraining, folder: Path, *, form: Form
+) -> tuple[float, float]:
+    """Largest difference of logits between the trained model and what `folder` loads as; largest logit."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        if form == "dense":
+            kind = BertForPreTraining if source.config.next_sentence else BertForMaskedLM
+            loaded: list[Any] = [kind.from_pretrained(folder)]
+        else:
+            auto = AutoModelForPreTraining if source.config.next_sentence else AutoModelForMaskedLM
+            loaded = [type(trained).from_pretrained(folder)]
+            loaded.append(auto.from_pretrained(folder, trust_remote_code=True))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    length = min(24, source.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(source.config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0  # padding too
+    worst = 0.0
+    with torch.no_grad():
+        expected = _logits(trained(input_ids=ids, attention_mask=mask))
+        for model in loaded:
+            found = _logits(model.eval()(input_ids=ids, attention_mask=mask))
+            worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)))
+    return worst, max(float(logits.abs().max()) for logits in expected)
+
+
+def _logits(output: Any) -> list[torch.Tensor]:
+    """The masked-LM logits and, where there is that head, the next-sentence logits."""
+    names = ("prediction_logits", "logits", "seq_relationship_logits")
+    return [output[name] for name in names if name in output]
+
+
+def _card(source: Source, *, form: Form, difference: float) -> str:
+    config = source.config
+    parameters = sum(v.numel() for name, v in source.weights.items() if ".decoder." not in name)
+    heads, neurons = sum(config.heads_per_layer), sum(config.neurons_per_layer)
+    dense_heads = config.num_attention_heads * config.num_hidden_layers
+    dense_neurons = config.intermediate_size * config.num_hidden_layers
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "tags: [bert, earlybert, lottery-ticket]",
+        "---",
+        "",
+        f"# EarlyBERT, {form} export",
+        "",
+        f"- {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"vocabulary {config.vocab_size:,}",
+        f"- {heads:,} of {dense_heads:,} heads and {neurons:,} of {dense_neurons:,} neurons kept; "
+        f"{parameters:,} trained parameters",
+        f"- largest difference of logits between this export and the trained model: {difference:.3g}",
+    ]
+    lines += [f"- {name}: {value}" for name, value in (source.facts or {}).items()]
+    trust = ", trust_remote_code=True" if form == "compact" else ""
+    lines += [
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'pipeline("fill-mask", model="path/of/this/folder"{trust})("Paris is the [MASK] of France.")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

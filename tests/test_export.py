@@ -1,0 +1,257 @@
+"""Both exports load elsewhere and give the trained model's logits; one that does not is never left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertTokenizer,
+)
+
+from earlybert import export as exporting
+from earlybert.config import EarlyBertError
+from earlybert.export import MARK, Source, dense_weights, export
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.shrink import cut, index_map
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = [*SPECIAL, "the", "cat", "sat", "on", "a", "mat", "and", "so", "did", "my", "dog", "or", "his"]
+HEADS = ((0, 2, 3), (1,))
+NEURONS = (tuple(range(1, 40, 3)), (0, 39))
+
+ELSEWHERE = """
+import json, sys
+sys.modules["earlybert"] = None  # any import of the package fails
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
+folder, trust, pretraining = sys.argv[1], sys.argv[2] == "compact", sys.argv[3] == "nsp"
+words = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+batch = words(["the cat sat on a [MASK]", "my dog"], padding=True, return_tensors="pt")
+told = {"type": AutoConfig.from_pretrained(folder, trust_remote_code=trust).model_type}
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=trust).eval()
+with torch.no_grad():
+    told["logits"] = model(**batch).logits.flatten().tolist()
+    if pretraining:
+        model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=trust).eval()
+        told["pairs"] = model(**batch).seq_relationship_logits.flatten().tolist()
+filled = pipeline("fill-mask", model=folder, trust_remote_code=trust)("the cat sat on a [MASK] .")
+told["filled"] = [one["token_str"] for one in filled]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+
+def environment(folder):
+    return {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    folder = tmp_path / "tokenizer"
+    BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    return folder
+
+
+def trained(tokenizer, *, next_sentence=True, coefficients="train", shrunken=True):
+    """A model that looks trained: no weight at its initial value, coefficients far from 1, perhaps cut."""
+    config = EarlyBertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=32,
+        coefficients=coefficients,
+        next_sentence=next_sentence,
+    )
+    torch.manual_seed(2)
+    model = seeded_model(config, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = (
+                torch.rand_like(parameter) if name.endswith(".coefficients") else torch.randn_like(parameter)
+            )
+            parameter += 0.2 * noise if parameter.ndim > 1 else 0.7 * noise
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    if not shrunken:
+        return Source(weights=weights, config=config, tokenizer=tokenizer)
+    cuts = index_map(HEADS, NEURONS, head_size=8)
+    weights = {name: cut(value, cuts.get(name)) for name, value in weights.items()}
+    values = config.to_dict()
+    values.update(heads_per_layer=[len(h) for h in HEADS], neurons_per_layer=[len(n) for n in NEURONS])
+    small = EarlyBertConfig.from_dict(values)
+    facts = {"optimizer steps": "1,234"}
+    return Source(
+        weights=weights, config=small, tokenizer=tokenizer, heads=HEADS, neurons=NEURONS, facts=facts
+    )
+
+
+def batch_of(folder):
+    words = AutoTokenizer.from_pretrained(folder)
+    return words(["the cat sat on a [MASK]", "my dog"], padding=True, return_tensors="pt")
+
+
+def logits_of(source, batch):
+    model = EarlyBertForPreTraining(source.config)
+    model.load_state_dict(source.weights, strict=True)
+    with torch.no_grad():
+        return model.eval()(**batch)
+
+
+def near(ours, theirs):
+    torch.testing.assert_close(torch.as_tensor(ours).flatten(), theirs.flatten(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("next_sentence", [True, False], ids=["nsp", "mlm"])
+@pytest.mark.parametrize("form", ["compact", "dense"])
+def test_an_export_loads_and_fills_masks_where_the_package_is_not(tmp_path, tokenizer, form, next_sentence):
+    source, to = trained(tokenizer, next_sentence=next_sentence), tmp_path / "my.export"
+    assert export(source, to=to, form=form) < 1e-5
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, to, form, "nsp" if next_sentence else "mlm"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, **environment(tmp_path / "elsewhere")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    expected = logits_of(source, batch_of(to))
+    near(told["logits"], expected.prediction_logits)
+    if next_sentence:
+        near(told["pairs"], expected.seq_relationship_logits)
+    assert told["type"] == ("earlybert" if form == "compact" else "bert")
+    assert len(told["filled"]) == 5 and set(told["filled"]) <= set(WORDS)
+
+
+def test_compact_loads_through_the_package_without_remote_code_and_keeps_shape_and_coefficients(
+    tmp_path, tokenizer
+):
+    source, to = trained(tokenizer), tmp_path / "compact"
+    export(source, to=to, form="compact")
+    expected = logits_of(source, batch_of(to))
+    model = AutoModelForPreTraining.from_pretrained(to, trust_remote_code=False).eval()
+    assert type(model) is EarlyBertForPreTraining
+    assert model.config.heads_per_layer == [3, 1] and model.config.neurons_per_layer == [13, 2]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, source.weights[name]), name
+    with torch.no_grad():
+        near(model(**batch_of(to)).prediction_logits, expected.prediction_logits)
+        near(
+            AutoModelForMaskedLM.from_pretrained(to).eval()(**batch_of(to)).logits, expected.prediction_logits
+        )
+
+
+@pytest.mark.parametrize("coefficients", ["none", "train", "freeze"])
+@pytest.mark.parametrize("shrunken", [True, False], ids=["shrunken", "never shrunken"])
+def test_dense_is_stock_bert_with_coefficients_folded_in_and_zeros_put_back(
+    tmp_path, tokenizer, coefficients, shrunken
+):
+    source, to = trained(tokenizer, coefficients=coefficients, shrunken=shrunken), tmp_path / "dense"
+    export(source, to=to, form="dense")
+    expected = logits_of(source, batch_of(to))
+    model = BertForPreTraining.from_pretrained(to).eval()
+    with torch.no_grad():
+        output = model(**batch_of(to))
+        masked = BertForMaskedLM.from_pretrained(to).eval()(**batch_of(to)).logits
+    near(output.prediction_logits, expected.prediction_logits)
+    near(output.seq_relationship_logits, expected.seq_relationship_logits)
+    near(masked, expected.prediction_logits)
+    layer = model.bert.encoder.layer[1]
+    assert layer.attention.self.query.weight.shape == (32, 32) and layer.output.dense.weight.shape == (32, 40)
+    gone = torch.ones(40, dtype=torch.bool)
+    gone[list(NEURONS[1])] = False
+    if shrunken:
+        assert not layer.output.dense.weight[:, gone].any() and not layer.intermediate.dense.bias[gone].any()
+        assert layer.output.dense.weight[:, ~gone].any(0).all()
+        assert layer.attention.self.value.weight.any(1).tolist() == [8 <= row < 16 for row in range(32)]
+    assert not list(to.glob("*.py"))
+
+
+def test_the_dense_weights_leave_the_source_alone(tokenizer):
+    source = trained(tokenizer)
+    before = {name: value.clone() for name, value in source.weights.items()}
+    dense_weights(source)
+    assert all(torch.equal(value, source.weights[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("form", ["compact", "dense"])
+@pytest.mark.parametrize("weight", ["cls.predictions.bias", "cls.seq_relationship.bias"])
+def test_an_export_that_gives_other_logits_is_refused_and_removed(
+    tmp_path, tokenizer, monkeypatch, form, weight
+):
+    write = getattr(exporting, f"_write_{form}")
+
+    def break_it(source, model, folder):
+        write(source, model, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights[weight] = weights[weight] + 1e-3
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(exporting, f"_write_{form}", break_it)
+    with pytest.raises(EarlyBertError, match=f"the {form} export's logits differ"):
+        export(trained(tokenizer), to=tmp_path / "out" / "broken", form=form)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["compact", "dense"])
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path, tokenizer, monkeypatch, form):
+    source, to = trained(tokenizer), tmp_path / "out"
+    to.mkdir()
+    (to / "thesis.txt").write_text("mine")
+    with pytest.raises(EarlyBertError, match=r"out exists and is not an export; choose another folder"):
+        export(source, to=to, form=form)
+    assert [path.name for path in to.iterdir()] == ["thesis.txt"]
+    (to / "thesis.txt").unlink()
+    export(source, to=to, form=form)
+    assert (to / MARK).exists()
+    export(source, to=to, form="dense")
+    assert not (to / "modeling_earlybert.py").exists()
+    weights = (to / "model.safetensors").read_bytes()
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(EarlyBertError, match="logits differ"):
+        export(source, to=to, form=form)
+    assert (to / "model.safetensors").read_bytes() == weights, "a refused export leaves the older one"
+
+
+def test_a_file_in_the_place_of_the_export_is_refused(tmp_path, tokenizer):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(EarlyBertError, match="not an export"):
+        export(trained(tokenizer), to=tmp_path / "out", form="dense")
+
+
+def test_the_copied_code_is_the_package_s_own_and_the_card_has_the_run_s_figures(tmp_path, tokenizer):
+    export(trained(tokenizer), to=tmp_path / "out", form="compact")
+    own = Path(exporting.modelling.__file__).read_bytes()
+    assert (tmp_path / "out" / "modeling_earlybert.py").read_bytes() == own
+    assert (
+        b"earlybert."
+        not in own.replace(b"modeling_earlybert.", b"").replace(b"__name__", b"").split(b'"""')[2]
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "4 of 8 heads and 15 of 80 neurons" in card and "optimizer steps: 1,234" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_command_says_in_one_line_what_is_not_a_run(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "export.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "nowhere", "--to", tmp_path / "out", "--form", "dense"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "neither a run folder nor a checkpoint" in done.stderr
+    assert not (tmp_path / "out").exists()
