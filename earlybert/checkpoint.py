@@ -24,10 +24,12 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from earlybert import dist
 from earlybert.config import EarlyBertError, sync_folder, write_atomically
-from earlybert.engine import Engine
+from earlybert.engine import Engine, parameter_groups
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 
 FORMAT_VERSION = 1
 log = logging.getLogger(__name__)
@@ -212,6 +214,34 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
             "the files, the code or the device's arithmetic changed: use the versions in its manifest, "
             "or remove this folder to go on from the one before"
         )
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The fp32 master weights of a checkpoint by parameter name, on the host, put together from the ranks' shards.
+
+    Tied names stand once for each name. One process reads all shards: twice the model's fp32 size in memory.
+    """
+    folder, stage = checkpoint.folder, checkpoint.manifest.stage
+    if stage:
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        return {name: value.float() for name, value in found.items()}
+    # ZeRO-0 keeps the module's own weights; where those are 16 bits wide its optimizer has the masters, in the order
+    # of the parameter groups, which is that of the names the group order follows.
+    stored = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    module, optimizer = stored["module"], stored["optimizer"]
+    result = {name: value.float() for name, value in module.items()}
+    if optimizer is not None and "fp32_groups" in optimizer:
+        with torch.device("meta"):
+            model = EarlyBertForPreTraining(EarlyBertConfig.from_dict(checkpoint.manifest.model))
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = parameter_groups(model, weight_decay=0.0)
+        for group, masters in zip(groups, optimizer["fp32_groups"], strict=True):
+            for parameter, master in zip(group["params"], masters, strict=True):
+                result[names[id(parameter)]] = master.detach().float()
+        for tied, source in (model._tied_weights_keys or {}).items():
+            if tied in result:
+                result[tied] = result[source]
+    return result
 
 
 def probe(engine: Engine) -> list[float]:

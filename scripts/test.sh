@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Set up .venv and run the checks and the tests: scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+ruff check .
+exec python -m pytest -m "not slow and not gpu and not multinode" "$@"
