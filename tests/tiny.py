@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 
 from earlybert import dist, mechanics
 from earlybert.engine import EarlyBird, Engine, initialize, parameter_groups
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.ticket import TicketSettings
 
 LENGTH, MICRO, ACCUMULATION = 12, 2, 2

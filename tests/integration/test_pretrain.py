@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import random_documents, write_corpus
 
+from corpora import random_documents, write_corpus
 from earlybert import checkpoint
 from earlybert.config import to_toml
 from earlybert.engine import _free_port
