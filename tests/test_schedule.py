@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from earlybert import schedule
@@ -15,8 +17,8 @@ def test_the_rate_rises_linearly_to_its_peak_and_falls_to_its_end():
         and rates[9] == pytest.approx(1e-3)
         and rates[10] == pytest.approx(1e-3)
     )
-    assert all(a <= b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[-1] == pytest.approx(1e-3 / 90)
 
 
