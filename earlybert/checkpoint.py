@@ -1,11 +1,13 @@
-"""Checkpoints that are whole or not there: DeepSpeed's own ZeRO shards in a folder whose manifest is written last.
+"""Checkpoints that are whole or not there: DeepSpeed's own ZeRO shards in a folder whose manifest is written
+last.
 
-DeepSpeed writes its files in place and moves `latest` before the other ranks have finished. So a save goes into a hidden
-folder; when all ranks are done each file is made durable and hashed, the manifest is written, and the folder gets its
-name in one rename. A folder under a good name without a valid manifest was not made here and is never used.
+DeepSpeed writes its files in place and moves `latest` before the other ranks have finished. So a save goes
+into a hidden folder; when all ranks are done each file is made durable and hashed, the manifest is written,
+and the folder gets its name in one rename. A folder under a good name without a valid manifest was not made
+here and is never used.
 
-After a load the logits of a fixed input are compared with those of the save, so a checkpoint that loads into something
-else is noticed before a step is taken.
+After a load the logits of a fixed input are compared with those of the save, so a checkpoint that loads into
+something else is noticed before a step is taken.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ def save(
 
 
 def names(folder: Path) -> list[str]:
-    """Names of the checkpoints under `folder`, newest first; whether they are good is for `newest_good` to say."""
+    """Names of the checkpoints under `folder`, newest first; whether they are good is for `newest_good` to
+    say."""
     found = (
         [entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
     )
@@ -137,7 +140,8 @@ def names(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest; raises EarlyBertError naming the folder where it is missing or of another format."""
+    """Read a checkpoint's manifest; raises EarlyBertError naming the folder where it is missing or of another
+    format."""
     try:
         values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if values["version"] != FORMAT_VERSION:
@@ -198,7 +202,8 @@ def newest_good(folder: Path) -> Checkpoint | None:
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load DeepSpeed's shards into an engine of the same shape, stage and world size. Collective.
 
-    Raises EarlyBertError where DeepSpeed finds nothing to load or the fixed input's logits differ from the save's.
+    Raises EarlyBertError where DeepSpeed finds nothing to load or the fixed input's logits differ from the
+    save's.
     """
     folder = checkpoint.folder
     path, _ = engine.inner.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -210,14 +215,16 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     if now != then:
         worst = max(abs(a - b) for a, b in zip(now, then, strict=True))
         raise EarlyBertError(
-            f"{folder}: after loading, the logits of the fixed input differ by up to {worst:.3g} from those at the save; "
+            f"{folder}: after loading, the logits of the fixed input differ by up to {worst:.3g} from "
+            "those at the save; "
             "the files, the code or the device's arithmetic changed: use the versions in its manifest, "
             "or remove this folder to go on from the one before"
         )
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The fp32 master weights of a checkpoint by parameter name, on the host, put together from the ranks' shards.
+    """The fp32 master weights of a checkpoint by parameter name, on the host, put together from the ranks'
+    shards.
 
     Tied names stand once for each name. One process reads all shards: twice the model's fp32 size in memory.
     """
@@ -225,8 +232,8 @@ def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     if stage:
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
         return {name: value.float() for name, value in found.items()}
-    # ZeRO-0 keeps the module's own weights; where those are 16 bits wide its optimizer has the masters, in the order
-    # of the parameter groups, which is that of the names the group order follows.
+    # ZeRO-0 keeps the module's own weights; where those are 16 bits wide its optimizer has the masters, in
+    # the order of the parameter groups, which is that of the names the group order follows.
     stored = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     module, optimizer = stored["module"], stored["optimizer"]
     result = {name: value.float() for name, value in module.items()}

@@ -1,8 +1,9 @@
 """Settings that check themselves: a strict reader from TOML and `key=value` words into frozen dataclasses.
 
 The surprise: an unknown key is an error, never ignored, and the message suggests the nearest known one. A
-dataclass field may be a nested dataclass, a tuple of dataclasses (TOML's array of tables), a scalar, a tuple of
-scalars, or any of those `| None`. Settings classes live beside the code that they steer; this module only reads.
+dataclass field may be a nested dataclass, a tuple of dataclasses (TOML's array of tables), a scalar, a tuple
+of scalars, or any of those `| None`. Settings classes live beside the code that they steer; this module only
+reads.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class SettingsError(EarlyBertError):
 def parse(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build the dataclass `cls` from nested mappings.
 
-    `where` names the origin (a file, a section) in messages. Raises SettingsError for an unknown key, a value of the
-    wrong type, a missing required key, and passes on what the class's own `__post_init__` raises, prefixed by `where`.
+    `where` names the origin (a file, a section) in messages. Raises SettingsError for an unknown key, a value
+    of the wrong type, a missing required key, and passes on what the class's own `__post_init__` raises,
+    prefixed by `where`.
     """
     if not isinstance(values, Mapping):
         raise SettingsError(f"{where}: expected a table of settings, got {values!r}")
@@ -68,7 +70,9 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror or error}; give the path of an experiment file") from error
+        raise SettingsError(
+            f"{path}: {error.strerror or error}; give the path of an experiment file"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from error
 
@@ -99,7 +103,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Apply dotted `key=value` words (`model.layers=4`, `phases.0.steps=100`) to a copy of nested settings.
 
-    A value is read as TOML where it is TOML (numbers, booleans, quoted strings, arrays) and as a bare string otherwise.
+    A value is read as TOML where it is TOML (numbers, booleans, quoted strings, arrays) and as a bare string
+    otherwise.
     """
     result = json.loads(json.dumps(values))
     for word in words:
@@ -150,7 +155,8 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit: 2 with one message for the user's mistakes, never a traceback for those."""
+    """Run a script's `main` and exit: 2 with one message for the user's mistakes, never a traceback for
+    those."""
     try:
         code = main()
     except EarlyBertError as error:

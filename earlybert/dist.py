@@ -1,6 +1,7 @@
 """What the ranks agree on: a few collectives that also work where there is one process and no process group.
 
-Every function marked *collective* must be called by all ranks, in the same order; none may stand under `if rank() == 0`.
+Every function marked *collective* must be called by all ranks, in the same order; none may stand under `if
+rank() == 0`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""`earlybert.initialize`: a DeepSpeed engine that searches for the early-bird ticket and shrinks itself to it.
+"""`earlybert.initialize`: a DeepSpeed engine that searches for the early-bird ticket and shrinks to it.
 
-Used like DeepSpeed's own: `loss = engine(**batch).loss; engine.backward(loss); engine.step()`. At an optimizer-step
-boundary `step` looks at the coefficients' fp32 masters, decides, and on a draw replaces the inner engine: read the
-state, cut it, tear the old engine down, build the small model, initialise a new engine, seed it.
+Used like DeepSpeed's own: `loss = engine(**batch).loss; engine.backward(loss); engine.step()`. At an
+optimizer-step boundary `step` looks at the coefficients' fp32 masters, decides, and on a draw replaces the
+inner engine: read the state, cut it, tear the old engine down, build the small model, initialise a new
+engine, seed it.
 
-The surprise: `engine.module` is another object after a draw. DeepSpeed leaves marks on modules and parameters, so none
-is ever used in two engines (DEEPSPEED notes: a shared parameter reads as zeros once the old engine is collected).
+The surprise: `engine.module` is another object after a draw. DeepSpeed leaves marks on modules and
+parameters, so none is ever used in two engines (DEEPSPEED notes: a shared parameter reads as zeros once the
+old engine is collected).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +24,12 @@ from typing import Any
 import deepspeed
 import pydantic
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
 from earlybert import dist, mechanics, state
 from earlybert.config import SettingsError
+from earlybert.lifecycle import tear_down
 from earlybert.model import initial_value
+from earlybert.penalty import LossScale, penalise
 from earlybert.shrink import (
     Piece,
     bert_layers,
@@ -37,6 +38,7 @@ from earlybert.shrink import (
     cut_piece,
     cut_shape,
     fold_map,
+    folded,
     index_map,
     shrunken,
     spread,
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 
 ParameterGroups = list[dict[str, Any]]
 _HOOKS = "_backward_hook_managers"
+_FOLD_POWER = {state.MASTER: 1, "exp_avg": -1, "exp_avg_sq": -2}
 
 
 @dataclass
@@ -62,7 +65,8 @@ class EarlyBird:
 
 @dataclass
 class Progress:
-    """What the engine has decided so far; goes into a checkpoint's manifest and comes back through `initialize`."""
+    """What the engine has decided so far; goes into a checkpoint's manifest and comes back through
+    `initialize`."""
 
     search: Search = field(default_factory=Search)
     tickets: tuple[Ticket, ...] = ()
@@ -99,10 +103,11 @@ def initialize(
 ) -> Engine:
     """Return an `Engine` around `model` (an `EarlyBert*` model in fp32 on the host). Collective.
 
-    `config`: a DeepSpeed JSON (path or mapping); `optimizer`: a function from parameter groups to a torch optimizer,
-    needed where the config has no "optimizer" section; `weight_decay`: of matrices (biases, LayerNorm and coefficients
-    have none); `progress`: of the checkpoint that will be loaded. Without `early_bird`, or with its `enabled` false,
-    nothing is searched. Raises SettingsError for a config or a ticket setting that cannot work.
+    `config`: a DeepSpeed JSON (path or mapping); `optimizer`: a function from parameter groups to a torch
+    optimizer, needed where the config has no "optimizer" section; `weight_decay`: of matrices (biases,
+    LayerNorm and coefficients have none); `progress`: of the checkpoint that will be loaded. Without
+    `early_bird`, or with its `enabled` false, nothing is searched. Raises SettingsError for a config or a
+    ticket setting that cannot work.
     """
     values, where = mechanics.load(config)
     mechanics.check(values, where=where)
@@ -123,7 +128,8 @@ def initialize(
 
 
 def parameter_groups(module: torch.nn.Module, *, weight_decay: float) -> ParameterGroups:
-    """Decayed matrices, undecayed vectors (biases, LayerNorm), undecayed coefficients; empty groups are left out."""
+    """Decayed matrices, undecayed vectors (biases, LayerNorm), undecayed coefficients; empty groups are left
+    out."""
     groups: ParameterGroups = [
         {"name": "matrices", "params": [], "weight_decay": weight_decay},
         {"name": "vectors", "params": [], "weight_decay": 0.0},
@@ -159,22 +165,25 @@ class Engine:
         self.draw_seconds: dict[str, float] = {}
         """Parts of the last draw's pause."""
         self.grad_norm: float | None = None
-        """Global gradient norm of the last step, before clipping; None where DeepSpeed does not tell (ZeRO-0, fp32)."""
-        self._loss_scale = _LossScale()
+        """Global gradient norm of the last step, before clipping; None where DeepSpeed does not tell (ZeRO-0,
+        fp32)."""
+        self._loss_scale = LossScale()
         self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         if bird is not None and self.searching and getattr(model.config, "coefficients", "none") == "none":
             raise SettingsError(
                 'the ticket is to be searched, but the model\'s config has coefficients = "none"; use "train"'
             )
         if bird is not None and self.searching:
-            bird.settings.check_shape(model.config.heads_per_layer, model.config.neurons_per_layer)
+            shape: Any = model.config
+            bird.settings.check_shape(shape.heads_per_layer, shape.neurons_per_layer)
         self._open(model, state.from_module(model))
 
     # --- DeepSpeed's interface ---
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.inner(*args, **kwargs)
-        # DeepSpeed hangs a closure over the engine on the first output tensor: note it, `close` takes it off again.
+        # DeepSpeed hangs a closure over the engine on the first output tensor: note it, `close` takes it off
+        # again.
         for tensor in _tensors(output):
             if hasattr(tensor, _HOOKS):
                 self._hooked[id(tensor)] = tensor
@@ -192,7 +201,8 @@ class Engine:
         return self.inner.backward(loss)
 
     def step(self) -> None:
-        """Take the optimizer step at the accumulation boundary; look at the coefficients and draw where it is time.
+        """Take the optimizer step at the accumulation boundary; look at the coefficients and draw where it is
+        time.
 
         Collective. After a draw `module`, `optimizer` and their parameters are new objects.
         """
@@ -248,7 +258,7 @@ class Engine:
         if inner is not None:
             for tensor in list(self._hooked.values()):
                 tensor.__dict__.pop(_HOOKS, None)
-            _tear_down(inner)
+            tear_down(inner)
             watched = {"engine": weakref.ref(inner), "module": weakref.ref(inner.module)}
             del inner
             gc.collect()
@@ -316,7 +326,8 @@ class Engine:
     def _cut_state(
         self, ticket: Ticket, heads: list[torch.Tensor], neurons: list[torch.Tensor], *, last: bool
     ) -> state.State:
-        """Read the state, cut to the ticket, with folded coefficients and reset moments where the settings say so."""
+        """Read the state, cut to the ticket, with folded coefficients and reset moments where the settings
+        say so."""
         assert self._bird is not None
         settings, config = self._bird.settings, self.module.config
         layers = bert_layers(len(ticket.heads))
@@ -328,10 +339,10 @@ class Engine:
 
         def transform(name: str, key: str, shape: tuple[int, ...], piece: Piece) -> Piece:
             if name in folds and piece.values.numel():
-                piece = Piece(piece.start, _folded(piece.values, key, spread(folds[name], shape, piece)))
-            elif (
-                fold and name in values
-            ):  # its value now stands in the weights: the next search starts from 1
+                factor = spread(folds[name], shape, piece)
+                piece = Piece(piece.start, folded(piece.values, factor, power=_FOLD_POWER[key]))
+            elif fold and name in values:
+                # Its value now stands in the weights: the next search starts from 1.
                 piece = Piece(piece.start, torch.full_like(piece.values, 1.0 if key == state.MASTER else 0.0))
             return cut_piece(piece, shape, cuts.get(name))
 
@@ -364,9 +375,11 @@ class Engine:
 
     def _open(self, module: torch.nn.Module, start: state.State) -> None:
         """Initialise a DeepSpeed engine around `module` and seed it."""
-        frozen = module.config.coefficients == "freeze"
+        shape: Any = module.config
+        frozen = shape.coefficients == "freeze"
         if frozen:
-            # In the optimizer with a zero gradient and no decay: so its fp32 master lives on and is cut like the rest.
+            # In the optimizer with a zero gradient and no decay: so its fp32 master lives on and is cut like
+            # the rest.
             for name, parameter in module.named_parameters():
                 if name.endswith(".coefficients"):
                     parameter.requires_grad_(True)
@@ -387,7 +400,7 @@ class Engine:
                 elif self.searching:
                     assert self._bird is not None
                     parameter.register_hook(
-                        _penalise(parameter, self._bird.settings.penalty, self._loss_scale)
+                        penalise(parameter, self._bird.settings.penalty, self._loss_scale)
                     )
         state.seed(inner, start)
 
@@ -403,64 +416,6 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def start_ranks() -> None:
-    """Join the process group of the launcher (deepspeed, torchrun), or make one of a single process. Collective."""
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(verbose=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def check_config(values: Mapping[str, Any], *, where: str) -> None:
-    """Let DeepSpeed's own checks see a complete config (batch sizes filled in); raises SettingsError with its words."""
-    try:
-        DeepSpeedConfig(mechanics.close_traps(values))
-    except (pydantic.ValidationError, AssertionError, ValueError) as error:
-        raise SettingsError(f"{where}: DeepSpeed refuses it: {error}") from error
-
-
-class _LossScale:
-    """The factor between the loss given to `backward` and what is differentiated: 1 / accumulation, times fp16's scale.
-
-    Recorded from the gradient that arrives at the loss itself, so it is right for every precision and accumulation.
-    """
-
-    value: torch.Tensor | None = None
-
-    def record(self, gradient: torch.Tensor) -> None:
-        self.value = gradient.detach()
-
-
-def _penalise(
-    parameter: torch.Tensor, penalty: float, scale: _LossScale
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A gradient hook that adds the L1 term's gradient: lambda * sign(c) for the whole batch on every rank.
-
-    The engine averages over micro-batches and ranks, so neither accumulation nor world size changes lambda.
-    """
-
-    def hook(gradient: torch.Tensor) -> torch.Tensor:
-        assert scale.value is not None and parameter.shape == gradient.shape
-        return gradient + (penalty * scale.value).to(gradient.dtype) * parameter.detach().sign()
-
-    return hook
-
-
-def _folded(values: torch.Tensor, key: str, factor: torch.Tensor) -> torch.Tensor:
-    """W' = c W, and the moments in the gradient's new units: dL/dW' = dL/dW / c (0 where c is 0: W' is dead there)."""
-    if key == state.MASTER:
-        return values * factor
-    inverse = torch.where(factor == 0, torch.zeros_like(factor), 1 / factor)
-    return values * (inverse if key == "exp_avg" else inverse.square())
-
-
 class _Clock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -469,28 +424,3 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
-
-
-def _tear_down(inner: Any) -> None:
-    """`destroy()` and what it forgets in 0.19.8 (a canary test each in tests/test_engine.py)."""
-    parameters = list(inner.module.parameters())
-    for hook in (inner.module_forward_pre_hook, inner.module_forward_post_hook):
-        if hook is not None:
-            hook.remove()
-    inner.destroy()
-    marks = ("_z3_optimizer", "_zero_optimizer", "_hp_mapping", "load_hp_checkpoint_state")
-    methods = tuple(f"{verb}_full_hp_{what}" for verb in ("get", "set") for what in ("param", "grad"))
-    for parameter in parameters:
-        for mark in (*marks, *methods):
-            parameter.__dict__.pop(mark, None)
-    for monitor in ("tb_monitor",):
-        writer = getattr(getattr(inner.monitor, monitor, None), "summary_writer", None)
-        if writer is not None:
-            writer.close()
-    parameter_offload.FWD_MODULE_STACK.clear()
-    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
-    cached = vars(coordinator).get("_PartitionedParameterCoordinator__params_to_release")
-    for cell in getattr(cached, "__closure__", None) or ():
-        clear = getattr(cell.cell_contents, "cache_clear", None)
-        if clear is not None:
-            clear()

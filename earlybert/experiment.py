@@ -1,4 +1,5 @@
-"""An experiment: one TOML file that owns the science (model, data, optimizer, phases, ticket), checked as a whole.
+"""An experiment: one TOML file that owns the science (model, data, optimizer, phases, ticket), checked as a
+whole.
 
 `load` is the only way in: file, then overrides, then every check that needs neither a corpus nor a device.
 """
@@ -151,7 +152,8 @@ class Experiment:
         longest = max(phase.sequence_length for phase in self.phases)
         if longest > self.model.positions:
             raise SettingsError(
-                f"phases.sequence_length = {longest} is longer than model.positions = {self.model.positions}; "
+                f"phases.sequence_length = {longest} is longer than model.positions = "
+                f"{self.model.positions}; "
                 f"raise model.positions to {longest}"
             )
         if self.ticket.enabled:
@@ -160,7 +162,8 @@ class Experiment:
             steps = sum(phase.steps for phase in self.phases)
             if self.ticket.draws * self.ticket.latest_step > steps:
                 raise SettingsError(
-                    f"ticket.latest_step = {self.ticket.latest_step} times ticket.draws = {self.ticket.draws} lies past "
+                    f"ticket.latest_step = {self.ticket.latest_step} times ticket.draws = "
+                    f"{self.ticket.draws} lies past "
                     f"the run's {steps} steps; the last draw might never come: lower ticket.latest_step"
                 )
 

@@ -1,8 +1,9 @@
-"""The DeepSpeed JSON: engine mechanics only (ZeRO stage, precision, offload, communication), checked before it is used.
+"""The DeepSpeed JSON: engine mechanics only (ZeRO stage, precision, offload, communication), checked before
+it is used.
 
-DeepSpeed ignores an unknown top-level key, so `zero_optimisation` trains at stage 0 without a word, and it reads "auto"
-as the default. Both are refused here. What the experiment owns (batch, optimizer, learning rate, clipping) may not stand
-in the JSON as well: no number twice.
+DeepSpeed ignores an unknown top-level key, so `zero_optimisation` trains at stage 0 without a word, and it
+reads "auto" as the default. Both are refused here. What the experiment owns (batch, optimizer, learning rate,
+clipping) may not stand in the JSON as well: no number twice.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from earlybert.config import SettingsError, read_json, refuse_unknown
 
 MECHANICS = frozenset(
     {
-        "activation_checkpointing", "aio", "bf16", "comet", "comms_logger", "communication_data_type", "compile",
-        "data_types", "disable_allgather", "dump_state", "flops_profiler", "fp16", "gradient_predivide_factor",
-        "memory_breakdown", "prescale_gradients", "steps_per_print", "torch_autocast", "timers", "wall_clock_breakdown",
-        "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+        "activation_checkpointing", "aio", "bf16", "comet", "comms_logger", "communication_data_type",
+        "compile", "data_types", "disable_allgather", "dump_state", "flops_profiler", "fp16",
+        "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "steps_per_print",
+        "torch_autocast", "timers", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer", "zero_optimization",
     }
 )  # fmt: skip
 """Top-level keys of DeepSpeed 0.19 that are mechanics."""
@@ -63,13 +65,14 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def check(values: Mapping[str, Any], *, where: str, experiment: str | None = None) -> None:
-    """Raise SettingsError for an unknown key, a value "auto", fp16 with bf16, or, when `experiment` names the file of
-    an experiment, a key that the experiment owns."""
+    """Raise SettingsError for an unknown key, a value "auto", fp16 with bf16, or, when `experiment` names the
+    file of an experiment, a key that the experiment owns."""
     if experiment is not None:
         for key, owner in OWNED.items():
             if key in values:
                 raise SettingsError(
-                    f"{where}: {key} = {values[key]!r} is owned by the experiment; remove it there and set {owner} "
+                    f"{where}: {key} = {values[key]!r} is owned by the experiment; remove it there and "
+                    f"set {owner} "
                     f"in {experiment}"
                 )
     refuse_unknown(values, MECHANICS | set(OWNED), where=where)

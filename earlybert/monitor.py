@@ -1,7 +1,7 @@
 """What a run shows of itself: the progress line, TensorBoard, `metrics.jsonl`, `log.txt`; all on rank 0.
 
-A resume first cuts from `metrics.jsonl` what it will do again, so the file never holds a step twice. Floats are written
-by `repr`, so two runs can be compared to the last bit.
+A resume first cuts from `metrics.jsonl` what it will do again, so the file never holds a step twice. Floats
+are written by `repr`, so two runs can be compared to the last bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The run folder: what stands in it before the first step, and the refusal of a folder that holds something else.
+"""The run folder: what stands in it before the first step, and the refusal of a folder that holds something
+else.
 
-`experiment.toml`, `deepspeed.json` and `environment.json` say what ran. A start is refused where the folder belongs to
-another experiment or another corpus; settings that only watch a run (logging, evaluation, checkpoints) may change.
+`experiment.toml`, `deepspeed.json` and `environment.json` say what ran. A start is refused where the folder
+belongs to another experiment or another corpus; settings that only watch a run (logging, evaluation,
+checkpoints) may change.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from earlybert.experiment import Experiment
 def claim(experiment: Experiment, mechanics: dict[str, Any], *, corpus: str, where: str) -> Path:
     """Make or re-enter the run folder and return it. Collective.
 
-    `corpus`: fingerprint of the corpus; `where`: the experiment file's name for messages. Raises EarlyBertError on every
-    rank where the folder holds another experiment, another corpus or something that is not a run.
+    `corpus`: fingerprint of the corpus; `where`: the experiment file's name for messages. Raises
+    EarlyBertError on every rank where the folder holds another experiment, another corpus or something that
+    is not a run.
     """
     problem = _problem(experiment, corpus=corpus, where=where) if dist.rank() == 0 else None
     problem = dist.from_rank_0(problem)
@@ -63,7 +66,8 @@ def _problem(experiment: Experiment, *, corpus: str, where: str) -> str | None:
         return f"{stamp} cannot be read ({error}); restore it or choose another name"
     if stated.get("experiment") != experiment.fingerprint:
         return (
-            f"{folder} holds another experiment than {where} with these overrides (compare its experiment.toml); "
+            f"{folder} holds another experiment than {where} with these overrides (compare its "
+            "experiment.toml); "
             f"give this one another name, such as name={experiment.name}-2"
         )
     if stated.get("corpus") != corpus:

@@ -1,4 +1,5 @@
-"""Phases: how many steps, which sequence length and batch, and the learning rate at each step, as pure functions.
+"""Phases: how many steps, which sequence length and batch, and the learning rate at each step, as pure
+functions.
 
 `schedule.at(step)` is all there is: nothing here remembers a position, so a resume cannot get it wrong.
 """
@@ -49,18 +50,18 @@ class PhaseSettings:
             raise SettingsError(f"warmup = {self.warmup}: a share of the phase's steps, in [0, 1)")
 
     def accumulation(self, *, world_size: int) -> int:
-        """Micro-batches a rank adds up before an optimizer step; raises SettingsError if the batch does not divide."""
+        """Micro-batches a rank adds up before an optimizer step; raises SettingsError if the batch does not
+        divide."""
         whole = self.micro_batch * world_size
         if self.batch % whole:
             lower = self.batch // whole * whole
             near = f"{lower} or {lower + whole}" if lower else f"{whole}"
-            fits = max(
-                m for m in range(1, self.micro_batch + 1) if self.batch % (m * world_size) == 0 or m == 1
-            )
+            divides = (m for m in range(2, self.micro_batch + 1) if self.batch % (m * world_size) == 0)
+            fits = max(divides, default=1)
             hint = f", or micro_batch {fits}" if self.batch % (fits * world_size) == 0 else ""
             raise SettingsError(
-                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch} x {world_size} ranks = {whole}; "
-                f"use batch {near}{hint}"
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch} x {world_size} "
+                f"ranks = {whole}; use batch {near}{hint}"
             )
         return self.batch // whole
 
@@ -86,7 +87,8 @@ class At:
     settings: PhaseSettings
     learning_rate: float
     samples_before: int
-    """Sequences of this length consumed before this step, in this phase and in earlier ones of the same length."""
+    """Sequences of this length consumed before this step, in this phase and in earlier ones of the same
+    length."""
 
 
 def total_steps(phases: tuple[PhaseSettings, ...]) -> int:

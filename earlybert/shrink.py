@@ -1,11 +1,12 @@
 """From a ticket to smaller tensors: one pure index map that cuts weights and optimizer moments alike.
 
-`index_map` gives `{parameter name: Cut(dim, kept indices)}`; every parameter is cut along at most one dimension. A cut
-keeps the row-major order of what stays, so the piece `[a, b)` of a flattened parameter that a ZeRO rank owns is cut
-into one contiguous piece of the flattened small parameter: no rank needs the other ranks' elements to cut.
+`index_map` gives `{parameter name: Cut(dim, kept indices)}`; every parameter is cut along at most one
+dimension. A cut keeps the row-major order of what stays, so the piece `[a, b)` of a flattened parameter that
+a ZeRO rank owns is cut into one contiguous piece of the flattened small parameter: no rank needs the other
+ranks' elements to cut.
 
-Head h owns rows h*H .. (h+1)*H of query, key and value (H the head size) and the same columns of the attention's output
-projection. Neuron j owns row j of the first FFN matrix and column j of the second.
+Head h owns rows h*H .. (h+1)*H of query, key and value (H the head size) and the same columns of the
+attention's output projection. Neuron j owns row j of the first FFN matrix and column j of the second.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def cut_shape(shape: Sequence[int], by: Cut | None) -> tuple[int, ...]:
 
 
 def cut_piece(piece: Piece, shape: Sequence[int], by: Cut | None) -> Piece:
-    """Cut the piece of a flattened parameter of this shape; the result is a piece of the flattened small parameter."""
+    """Cut the piece of a flattened parameter of this shape; the result is a piece of the flattened small
+    parameter."""
     if by is None:
         return piece
     start, stop = piece.start, piece.start + piece.values.numel()
@@ -110,9 +112,11 @@ def cut_piece(piece: Piece, shape: Sequence[int], by: Cut | None) -> Piece:
 
 
 def spread(vector: torch.Tensor, shape: Sequence[int], piece: Piece) -> torch.Tensor:
-    """The factor for each element of a piece of a [rows, columns] matrix whose columns are scaled by `vector`.
+    """The factor for each element of a piece of a [rows, columns] matrix whose columns are scaled by
+    `vector`.
 
-    `vector` [units] is repeated over the columns of each unit: columns / units is the head size, or 1 for neurons.
+    `vector` [units] is repeated over the columns of each unit: columns / units is the head size, or 1 for
+    neurons.
     """
     columns = shape[1]
     position = torch.arange(piece.start, piece.start + piece.values.numel(), device=piece.values.device)
@@ -120,12 +124,23 @@ def spread(vector: torch.Tensor, shape: Sequence[int], piece: Piece) -> torch.Te
 
 
 def fold_map(layers: Sequence[Layer], coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{name of a column-scaled matrix: its coefficients}: where c * x before a matrix product folds into the matrix."""
+    """{name of a column-scaled matrix: its coefficients}: where c * x before a matrix product folds into the
+    matrix."""
     folds = {}
     for layer in layers:
         folds[layer.head_columns] = coefficients[layer.head_coefficients]
         folds[layer.neuron_columns] = coefficients[layer.neuron_coefficients]
     return folds
+
+
+def folded(values: torch.Tensor, coefficient: torch.Tensor, *, power: int) -> torch.Tensor:
+    """`values` times coefficient ** power: 1 for weights (W' = c W), -1 and -2 for first and second moments.
+
+    The moments follow the gradient's new units, dL/dW' = dL/dW / c. Where c is 0 they are 0: W' is dead.
+    """
+    if power < 0:
+        return values * torch.where(coefficient == 0, 0.0, coefficient**power)
+    return values * coefficient**power
 
 
 def compose(outer: Kept, inner: Kept) -> Kept:
@@ -134,7 +149,8 @@ def compose(outer: Kept, inner: Kept) -> Kept:
 
 
 def shrunken(config: Any, ticket: Ticket, *, coefficients: str) -> Any:
-    """A copy of the model's configuration with the ticket's shape; `coefficients` is the small model's setting."""
+    """A copy of the model's configuration with the ticket's shape; `coefficients` is the small model's
+    setting."""
     values = config.to_dict()
     values["heads_per_layer"] = [len(kept) for kept in ticket.heads]
     values["neurons_per_layer"] = [len(kept) for kept in ticket.neurons]

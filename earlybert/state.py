@@ -1,8 +1,10 @@
-"""The per-parameter state: fp32 master weights, optimizer moments and counters, read from an engine and put into one.
+"""The per-parameter state: fp32 master weights, optimizer moments and counters, read from an engine and put
+into one.
 
-It is the currency of every change of shape. Each rank holds, of each parameter, one contiguous piece of its flattened
-elements (`Piece`); together the ranks hold each element exactly once. Reading takes no communication: a rank copies
-what it owns. Seeding gathers one parameter at a time, so never more than one whole parameter is in flight.
+It is the currency of every change of shape. Each rank holds, of each parameter, one contiguous piece of its
+flattened elements (`Piece`); together the ranks hold each element exactly once. Reading takes no
+communication: a rank copies what it owns. Seeding gathers one parameter at a time, so never more than one
+whole parameter is in flight.
 
 Where DeepSpeed keeps things differs by the class of its optimizer wrapper (`_Layout` below):
 
@@ -14,8 +16,8 @@ Where DeepSpeed keeps things differs by the class of its optimizer wrapper (`_La
 | DeepSpeedZeroOptimizer, BF16_Optimizer | ZeRO-1, 2 | a fragment of a flat tensor a group |
 | DeepSpeedZeroOptimizer_Stage3 | ZeRO-3 | a padded slice of each parameter |
 
-No setter or getter of DeepSpeed's is used: they miss every group but the first, pad wrongly at odd sizes and desync
-before the first step (seen in 0.19.8).
+No setter or getter of DeepSpeed's is used: they miss every group but the first, pad wrongly at odd sizes and
+desync before the first step (seen in 0.19.8).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class State:
     shapes: dict[str, tuple[int, ...]]
     """Whole shape of each parameter, in the module's order."""
     pieces: dict[str, dict[str, Piece]]
-    """{parameter: {"master" | moment: piece}}; a parameter of which this rank owns nothing has empty pieces."""
+    """{parameter: {"master" | moment: piece}}; a parameter of which this rank owns nothing has empty
+    pieces."""
     step: float | None = None
     """The optimizer's own step counter (bias correction); None before its first step or after a reset."""
     counters: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +63,8 @@ class _Fragment:
     start: int
     master: torch.Tensor
     owner: torch.Tensor
-    """The tensor under which the optimizer files its state; its state's views have the same offset and length."""
+    """The tensor under which the optimizer files its state; its state's views have the same offset and
+    length."""
     offset: int
 
     def moment(self, states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]], key: str) -> torch.Tensor:
@@ -68,7 +72,8 @@ class _Fragment:
 
 
 def from_module(module: torch.nn.Module) -> State:
-    """The state of a plain fp32 module that no optimizer has touched: each rank takes its share of each parameter."""
+    """The state of a plain fp32 module that no optimizer has touched: each rank takes its share of each
+    parameter."""
     shapes, pieces = {}, {}
     for name, parameter in module.named_parameters():
         flat = parameter.detach().float().view(-1)
@@ -83,8 +88,9 @@ def read(
 ) -> State:
     """Copy what this rank owns to host memory, one piece at a time; no communication.
 
-    `transform(parameter, key, shape, piece)` may cut or scale a piece before it is copied; `shapes` stay those of the
-    engine, so a caller that cuts replaces them. Must run at an optimizer-step boundary (no gradients pending).
+    `transform(parameter, key, shape, piece)` may cut or scale a piece before it is copied; `shapes` stay
+    those of the engine, so a caller that cuts replaces them. Must run at an optimizer-step boundary (no
+    gradients pending).
     """
     layout = _layout(engine)
     step = _step_counter(layout)
@@ -109,8 +115,8 @@ def read(
 def seed(engine: Any, state: State) -> None:
     """Put `state` into a freshly initialised engine of the same parameters and shapes. Collective.
 
-    Whatever the constructors did to the optimizer before (ZeRO-0 takes a step with zero gradients) is overwritten.
-    Raises AssertionError where names or shapes differ.
+    Whatever the constructors did to the optimizer before (ZeRO-0 takes a step with zero gradients) is
+    overwritten. Raises AssertionError where names or shapes differ.
     """
     layout = _layout(engine)
     assert _shapes(engine.module) == state.shapes, "the state and the module differ in names or shapes"
@@ -136,7 +142,8 @@ def seed(engine: Any, state: State) -> None:
 
 
 def gather(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Whole fp32 masters of some small parameters, on the host, the same on every rank. Collective (one reduction)."""
+    """Whole fp32 masters of some small parameters, on the host, the same on every rank. Collective (one
+    reduction)."""
     wanted = list(names)
     layout, shapes = _layout(engine), _shapes(engine.module)
     fragments = layout.fragments()
@@ -156,7 +163,8 @@ def gather(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
 
 
 def whole_parameters(state: State) -> Iterable[tuple[str, dict[str, torch.Tensor]]]:
-    """Yield (name, {"master" | moment: whole tensor on the host}), one parameter at a time. Collective, to the end."""
+    """Yield (name, {"master" | moment: whole tensor on the host}), one parameter at a time. Collective, to
+    the end."""
     bounds = _bounds(state)
     for name, shape in state.shapes.items():
         tensors = {
@@ -168,7 +176,8 @@ def whole_parameters(state: State) -> Iterable[tuple[str, dict[str, torch.Tensor
         yield name, tensors
 
 
-# --- where DeepSpeed keeps things -----------------------------------------------------------------------------------
+# --- where DeepSpeed keeps things
+# -----------------------------------------------------------------------------------
 
 
 class _Layout:
@@ -303,17 +312,20 @@ def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _step_counter(layout: _Layout) -> float | None:
-    """The optimizer's step count: the largest, since DeepSpeed's fused Adam counts in one parameter a group only."""
+    """The optimizer's step count: the largest, since DeepSpeed's fused Adam counts in one parameter a group
+    only."""
     steps = [float(s["step"]) for s in layout.states.values() if s and "exp_avg" in s]
     count = max(steps, default=0.0)
-    # A rank may own nothing, and ZeRO-0's constructor takes a step of its own: the ranks' and the engine's word counts.
+    # A rank may own nothing, and ZeRO-0's constructor takes a step of its own: the ranks' and the engine's
+    # word counts.
     count = max(dist.gather_objects(count))
     taken = layout.engine.global_steps - layout.engine.skipped_steps
     return count if count and taken > 0 else None
 
 
 def _fresh_step(optimizer: torch.optim.Optimizer, owner: torch.Tensor, step: float) -> Any:
-    """A step counter of the kind that the optimizer keeps; one object each, since torch's Adam counts in place."""
+    """A step counter of the kind that the optimizer keeps; one object each, since torch's Adam counts in
+    place."""
     if not isinstance(optimizer, torch.optim.Adam):
         return int(step)
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

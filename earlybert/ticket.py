@@ -1,10 +1,12 @@
-"""The early-bird ticket: masks from coefficients, the distance between masks, the moment to draw, the ticket's file.
+"""The early-bird ticket: masks from coefficients, the distance between masks, the moment to draw, the
+ticket's file.
 
-A mask says which heads and neurons stay. It is ranked by |c| on the **fp32 master** values: near 1.0 bf16 has steps
-of 2^-8, so ranking its values would rank ties (METHOD.md section 4). Counts are exact, ties go to the lower index.
+A mask says which heads and neurons stay. It is ranked by |c| on the **fp32 master** values: near 1.0 bf16 has
+steps of 2^-8, so ranking its values would rank ties (METHOD.md section 4). Counts are exact, ties go to the
+lower index.
 
-The distance between two masks is their normalised Hamming distance divided by its chance level 2p(1-p), p being the
-share that is removed: 0 is the same mask, 1 is what two independent masks would show.
+The distance between two masks is their normalised Hamming distance divided by its chance level 2p(1-p), p
+being the share that is removed: 0 is the same mask, 1 is what two independent masks would show.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class TicketSettings:
     start: Literal["keep", "rewind"] = "keep"
     """Weights after the draw: those of the drawing step, or the initial ones, regenerated from the seed."""
     coefficients: Literal["fold", "freeze", "train"] = "fold"
-    """Coefficients after the last draw: folded into the weights, kept but frozen, or trained on without penalty."""
+    """Coefficients after the last draw: folded into the weights, kept but frozen, or trained on without
+    penalty."""
     moments: Literal["reset", "keep"] = "reset"
     """Optimizer moments after the draw."""
 
@@ -113,13 +116,16 @@ class TicketSettings:
                 for layer, width in enumerate(widths):
                     if width - round(ratio * width) < 1:
                         raise SettingsError(
-                            f"ticket.{family}_ratio = {ratio} would remove all {width} {family}s of layer {layer}; "
+                            f"ticket.{family}_ratio = {ratio} would remove all {width} {family}s of "
+                            f"layer {layer}; "
                             f"use at most {(width - 1) / width:.2f}"
                         )
             elif sum(widths) - round(ratio * sum(widths)) < sum(least):
                 raise SettingsError(
-                    f"ticket.{family}_ratio = {ratio} keeps {sum(widths) - round(ratio * sum(widths))} {family}s, but "
-                    f"{len(widths)} layers with at least {least[0]} each need {sum(least)}; lower the ratio or "
+                    f"ticket.{family}_ratio = {ratio} keeps {sum(widths) - round(ratio * sum(widths))} "
+                    f"{family}s, but "
+                    f"{len(widths)} layers with at least {least[0]} each need {sum(least)}; lower the "
+                    "ratio or "
                     f"ticket.minimum_{family}s"
                 )
 
@@ -157,11 +163,13 @@ class Ticket:
 
     @staticmethod
     def from_json(values: dict[str, Any], *, where: str) -> Ticket:
-        """Rebuild a ticket; raises EarlyBertError where fields are missing, out of range or do not match the hash."""
+        """Rebuild a ticket; raises EarlyBertError where fields are missing, out of range or do not match the
+        hash."""
         try:
             if values["version"] != FORMAT_VERSION:
                 raise EarlyBertError(
-                    f"{where}: ticket format {values['version']}, this program reads {FORMAT_VERSION}; draw it again"
+                    f"{where}: ticket format {values['version']}, this program reads {FORMAT_VERSION}; "
+                    "draw it again"
                 )
             ticket = Ticket(
                 step=int(values["step"]),
@@ -199,9 +207,9 @@ def keep(
 ) -> Kept:
     """Choose the units of one family that stay: the largest |c|, an exact count, ties to the lower index.
 
-    `coefficients`: one 1-D fp32 tensor a layer. With `multiple` 1 exactly `round(ratio * total)` units go (in each
-    layer for scope "layer", over all layers for "global", as far as `minimum` allows); otherwise each layer's width is
-    rounded to a multiple, the total staying as near as the multiple allows.
+    `coefficients`: one 1-D fp32 tensor a layer. With `multiple` 1 exactly `round(ratio * total)` units go (in
+    each layer for scope "layer", over all layers for "global", as far as `minimum` allows); otherwise each
+    layer's width is rounded to a multiple, the total staying as near as the multiple allows.
     """
     widths = [c.numel() for c in coefficients]
     ranked = [c.detach().double().abs().sort(descending=True, stable=True) for c in coefficients]
@@ -263,7 +271,8 @@ def masks(
 
 
 def distance(a: Kept, b: Kept, *, widths: Sequence[int]) -> float:
-    """Chance-normalised Hamming distance of two masks of one family over layers of these widths (0 same, 1 chance).
+    """Chance-normalised Hamming distance of two masks of one family over layers of these widths (0 same, 1
+    chance).
 
     The chance level is that of two independent masks with the shares p and q removed: p(1-q) + q(1-p).
     """
@@ -286,7 +295,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Search:
-    """The detector as a value: `observe` returns the next one. It fits in JSON and so in a checkpoint's manifest."""
+    """The detector as a value: `observe` returns the next one. It fits in JSON and so in a checkpoint's
+    manifest."""
 
     began: int = 0
     """Step at which this search began (0, or the step of the draw before)."""
@@ -311,9 +321,9 @@ class Search:
     ) -> Search:
         """Look at the fp32 coefficients after optimizer step `step` and judge.
 
-        Heads and neurons are judged apart and both must have settled: the largest distance from the newest mask to
-        the `window - 1` before it is at most `settled_distance`. Never before `minimum_step`, at `latest_step` in any
-        case. A family without any spread has said nothing yet and has not settled.
+        Heads and neurons are judged apart and both must have settled: the largest distance from the newest
+        mask to the `window - 1` before it is at most `settled_distance`. Never before `minimum_step`, at
+        `latest_step` in any case. A family without any spread has said nothing yet and has not settled.
         """
         kept_heads, kept_neurons = masks(heads, neurons, settings=settings)
         looks = (*self.looks, Look(step, kept_heads, kept_neurons))[-settings.window :]
@@ -357,7 +367,8 @@ def _spread(coefficients: Sequence[torch.Tensor]) -> bool:
 
 
 def _floor(width: int, minimum: int, multiple: int) -> int:
-    """The least width that a layer of `width` units may keep: a multiple that is at least `minimum`, or all."""
+    """The least width that a layer of `width` units may keep: a multiple that is at least `minimum`, or
+    all."""
     return min(width, -(-minimum // multiple) * multiple)
 
 

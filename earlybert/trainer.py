@@ -1,8 +1,9 @@
-"""The pretraining run: one loop over optimizer steps, from an empty folder or from the newest good checkpoint.
+"""The pretraining run: one loop over optimizer steps, from an empty folder or from the newest good
+checkpoint.
 
-Everything random is keyed by (seed, step, micro-batch, rank) or by (seed, epoch, sample), and the data position is a pure
-function of the step, so a resumed run repeats the interrupted one to the last bit. What the ranks must agree on (stop,
-broken numbers) travels in the one reduction a step that also sums the loss.
+Everything random is keyed by (seed, step, micro-batch, rank) or by (seed, epoch, sample), and the data
+position is a pure function of the step, so a resumed run repeats the interrupted one to the last bit. What
+the ranks must agree on (stop, broken numbers) travels in the one reduction a step that also sums the loss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 from earlybert import checkpoint, dist, mechanics, run, schedule
 from earlybert.config import EarlyBertError
 from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches
-from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, check_config, initialize
+from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
 from earlybert.experiment import Experiment
+from earlybert.lifecycle import check_config
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.schedule import At
@@ -70,8 +72,8 @@ class Result:
 def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: str) -> Result:
     """Run an experiment to its end, or until SIGTERM or SIGINT. Collective.
 
-    `mechanics_values` is the DeepSpeed JSON, `where` the experiment file's name for messages. Raises EarlyBertError for
-    whatever the user can mend, before the first step wherever it can be known by then.
+    `mechanics_values` is the DeepSpeed JSON, `where` the experiment file's name for messages. Raises
+    EarlyBertError for whatever the user can mend, before the first step wherever it can be known by then.
     """
     trainer = _Trainer(experiment, mechanics_values, where=where)
     try:
@@ -117,7 +119,8 @@ class _Trainer:
             manifest = self.found.manifest
             if manifest.experiment != experiment.fingerprint or manifest.corpus != corpus:
                 raise EarlyBertError(
-                    f"{self.found.folder} belongs to another experiment or corpus; remove it or restore its own"
+                    f"{self.found.folder} belongs to another experiment or corpus; remove it or restore "
+                    "its own"
                 )
             checkpoint.same_layout(manifest, stage=self.stage, precision=self.precision)
         self.step = 0 if self.found is None else self.found.manifest.step
@@ -198,7 +201,8 @@ class _Trainer:
         self.step += 1
         if not math.isfinite(loss):
             raise EarlyBertError(
-                f"the loss became {loss} at step {self.step}; lower phases.learning_rate or use bf16 instead of fp16, "
+                f"the loss became {loss} at step {self.step}; lower phases.learning_rate or use bf16 "
+                "instead of fp16, "
                 "and start again: the run goes on from its last checkpoint"
             )
         open_line, micros = self.memory.sums, accumulation * dist.world_size()
@@ -307,7 +311,8 @@ class _Trainer:
         )
 
     def _optimizer(self, groups: ParameterGroups) -> torch.optim.Optimizer:
-        """torch's own AdamW, fused: its bias correction is a function of the step count, so a resume is exact."""
+        """torch's own AdamW, fused: its bias correction is a function of the step count, so a resume is
+        exact."""
         settings = self.experiment.optimizer
         betas = (settings.betas[0], settings.betas[1])
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.epsilon, fused=True)
@@ -382,7 +387,8 @@ class _Trainer:
         )
         start = "from its seed" if self.found is None else f"from {self.found.folder}"
         self._say(
-            f"{self.experiment.name}: {shape}; {dist.world_size()} ranks, ZeRO-{self.stage}, {self.precision}; "
+            f"{self.experiment.name}: {shape}; {dist.world_size()} ranks, ZeRO-{self.stage}, "
+            f"{self.precision}; "
             f"step {self.step:,} of {self.total:,}, {start}"
         )
 
@@ -395,7 +401,8 @@ class _Trainer:
             self._write_ticket()
 
     def _write_ticket(self) -> None:
-        """Write ticket.json, or remove one that a run before this resume had drawn later than here. Rank 0 only."""
+        """Write ticket.json, or remove one that a run before this resume had drawn later than here. Rank 0
+        only."""
         path = self.folder / "ticket.json"
         if self.engine.ticket is not None:
             self.engine.ticket.save(path)

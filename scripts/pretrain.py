@@ -2,7 +2,8 @@
 
     deepspeed --num_accelerators 2 scripts/pretrain.py scripts/experiments/quickstart.toml [key=value ...]
 
-Overrides are dotted: model.layers=4 ticket.every=20 phases.0.steps=500. Without a launcher it runs as one process.
+Overrides are dotted: model.layers=4 ticket.every=20 phases.0.steps=500. Without a launcher it runs as one
+process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> int:
 
     settings, mechanics = experiment.load(arguments.experiment, arguments.overrides)
 
-    from earlybert.engine import start_ranks
+    from earlybert.lifecycle import start_ranks
     from earlybert.trainer import STOPPED, train
 
     start_ranks()

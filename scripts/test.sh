@@ -3,5 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
-ruff check --ignore E501 .
+ruff check --quiet .
+ruff format --quiet --check .
+mypy --no-error-summary
 exec python -m pytest -m "not slow and not gpu and not multinode" "$@"

@@ -1,7 +1,9 @@
-"""Run a module-level function in N real processes that form a gloo group: `run("test_engine:worker", ranks=2, ...)`.
+"""Run a module-level function in N real processes that form a gloo group: `run("test_engine:worker", ranks=2,
+...)`.
 
-A fresh process for each rank and each call: DeepSpeed leaves process-wide marks. Each rank's return value (pickled) comes
-back in the order of ranks; an exception on any rank fails the test with its traceback; a hang ends at the timeout.
+A fresh process for each rank and each call: DeepSpeed leaves process-wide marks. Each rank's return value
+(pickled) comes back in the order of ranks; an exception on any rank fails the test with its traceback; a hang
+ends at the timeout.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from earlybert.engine import _free_port
+from earlybert.lifecycle import free_port
 
 
 def run(function: str, *, ranks: int, timeout_seconds: float = 240, **arguments: Any) -> list[Any]:
@@ -30,7 +32,7 @@ def run(function: str, *, ranks: int, timeout_seconds: float = 240, **arguments:
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(min(ranks, len(os.sched_getaffinity(0)))),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
             "OMP_NUM_THREADS": "1",
             "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],
@@ -69,7 +71,7 @@ def _main() -> None:
     box = Path(sys.argv[1])
     function, arguments = pickle.loads((box / "arguments").read_bytes())
     module, name = function.split(":")
-    from earlybert.engine import start_ranks
+    from earlybert.lifecycle import start_ranks
 
     start_ranks()
     result = getattr(importlib.import_module(module), name)(**arguments)

@@ -1,13 +1,14 @@
-"""The draw under every ZeRO stage, with real processes: exact, agreed on, and nothing of the old engine left."""
+"""The draw under every ZeRO stage, with real processes: exact, agreed on, and nothing of the old engine
+left."""
 
 import gc
 import weakref
 
 import pytest
-import ranks
-import tiny
 import torch
 
+import ranks
+import tiny
 from earlybert import dist, state
 from earlybert.shrink import bert_layers, cut, index_map
 
@@ -22,7 +23,10 @@ def live_bytes():
 
 def whole(engine):
     """{name: {"master" | moment: whole tensor}} of an engine."""
-    return {name: {k: v.clone() for k, v in t.items()} for name, t in state.whole_parameters(state.read(engine.inner))}
+    return {
+        name: {k: v.clone() for k, v in t.items()}
+        for name, t in state.whole_parameters(state.read(engine.inner))
+    }
 
 
 def fixed_logits(engine):
@@ -33,7 +37,8 @@ def fixed_logits(engine):
     return logits
 
 
-# --- workers: run on every rank --------------------------------------------------------------------------------------
+# --- workers: run on every rank
+# --------------------------------------------------------------------------------------
 
 
 def null_draw(stage, precision):
@@ -68,7 +73,10 @@ def draw_and_compare(stage, moments, coefficients):
     heads = [names[x.head_coefficients].detach().clone() for x in bert_layers(2)]
     with torch.no_grad():  # mask: a unit that goes has the coefficient 0
         for layer, kept_heads, kept_neurons in zip(bert_layers(2), ticket.heads, ticket.neurons, strict=True):
-            for name, kept in ((layer.head_coefficients, kept_heads), (layer.neuron_coefficients, kept_neurons)):
+            for name, kept in (
+                (layer.head_coefficients, kept_heads),
+                (layer.neuron_coefficients, kept_neurons),
+            ):
                 mask = torch.zeros_like(names[name])
                 mask[list(kept)] = 1
                 names[name].mul_(mask)
@@ -92,7 +100,8 @@ def draw_and_compare(stage, moments, coefficients):
 
 
 def many_draws(stage, precision):
-    """Ten draws in a row that remove nothing (the shape stays, so the bytes must): weak references and live bytes."""
+    """Ten draws in a row that remove nothing (the shape stays, so the bytes must): weak references and live
+    bytes."""
     settings = tiny.settings(head_ratio=0.0, neuron_ratio=0.0, minimum_step=2, latest_step=2, draws=10)
     engine = tiny.engine(stage, precision, settings)
     alive, bytes_after = [], []
@@ -126,12 +135,15 @@ def two_draws(stage, precision, start):
     return kept, config.heads_per_layer, config.neurons_per_layer, config.coefficients, at_draw, losses
 
 
-# --- claims ----------------------------------------------------------------------------------------------------------
+# --- claims
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
 def test_an_engine_that_is_torn_down_and_seeded_again_goes_on_bit_equal(stage, precision):
-    for unbroken, broken, steps, _ in ranks.run("test_engine:null_draw", ranks=2, stage=stage, precision=precision):
+    for unbroken, broken, steps, _ in ranks.run(
+        "test_engine:null_draw", ranks=2, stage=stage, precision=precision
+    ):
         assert broken == unbroken
         assert steps == 6
 
@@ -143,8 +155,11 @@ def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(st
     results = ranks.run("test_engine:draw_and_compare", ranks=2, **arguments)
     for ticket, losses, reference, logits, masked_logits, got, expected, spread in results:
         assert spread > 1e-3, "the coefficients have moved, or the comparison says little"
-        assert [len(x) for x in ticket.heads] == [3, 3] and sum(map(len, ticket.neurons)) == 96 - round(0.23 * 96)
-        # The L1 term of the reference stands once in the whole batch's loss: so it does not depend on ranks or micro-batches.
+        assert [len(x) for x in ticket.heads] == [3, 3] and sum(map(len, ticket.neurons)) == 96 - round(
+            0.23 * 96
+        )
+        # The L1 term of the reference stands once in the whole batch's loss: so it does not depend on ranks
+        # or micro-batches.
         assert losses == pytest.approx(reference, abs=2e-5)
         torch.testing.assert_close(logits, masked_logits, atol=1e-5, rtol=1e-5)
         assert got.keys() == expected.keys()
@@ -152,7 +167,9 @@ def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(st
             torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
 def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision):
     for alive, bytes_after, searching, losses in ranks.run(
         "test_engine:many_draws", ranks=2, stage=stage, precision=precision
@@ -162,14 +179,18 @@ def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision):
         assert not searching and all(loss < 10 for loss in losses)
 
 
-@pytest.mark.parametrize(("stage", "precision", "start"), [(3, "bf16", "rewind"), (2, "fp32", "rewind"), (1, "bf16", "keep")])
+@pytest.mark.parametrize(
+    ("stage", "precision", "start"), [(3, "bf16", "rewind"), (2, "fp32", "rewind"), (1, "bf16", "keep")]
+)
 def test_a_second_draw_in_the_same_run_works(stage, precision, start):
     results = ranks.run("test_engine:two_draws", ranks=2, stage=stage, precision=precision, start=start)
     progress, heads, neurons, coefficients, at_draw, losses = results[0]
     first, second = progress.tickets
     assert (first.step, second.step) == (4, 8)
     assert heads == [len(x) for x in second.heads] == [2, 2]
-    assert neurons == [len(x) for x in second.neurons] and second.neuron_widths == tuple(map(len, first.neurons))
+    assert neurons == [len(x) for x in second.neurons] and second.neuron_widths == tuple(
+        map(len, first.neurons)
+    )
     assert coefficients == "none", "folded at the last draw"
     assert set(progress.heads[0]) <= set(first.heads[0])
     if start == "rewind":

@@ -8,18 +8,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"config", "dist", "shards", "mechanics"},
-    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket"},
+    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket", "penalty"},
     2: {"shrink", "state", "experiment"},
-    3: {"engine", "checkpoint", "monitor", "run"},
+    3: {"engine", "lifecycle", "checkpoint", "monitor", "run"},
     4: {"trainer"},
     5: {"export"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "tensorboard": {"monitor"}}
+ONLY_IN = {"deepspeed": {"engine", "lifecycle", "checkpoint"}, "tensorboard": {"monitor"}}
 GROUND = "config"
 # A floor has an order inside it where one room stands on another.
-SAME_FLOOR = {("state", "shrink"), ("checkpoint", "engine"), ("data", "order"), ("data", "masking"), ("data", "packing"),
-              ("packing", "order"), ("packing", "masking"), ("masking", "order")}  # fmt: skip
+SAME_FLOOR = {
+    ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
+    ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
+    ("masking", "order"),
+}  # fmt: skip
 
 
 def imports(path):

@@ -1,4 +1,5 @@
-"""scripts/pretrain.py, but rank 1 is killed in the middle of the draw: the old engine is gone, the new one not there."""
+"""scripts/pretrain.py, but rank 1 is killed in the middle of the draw: the old engine is gone, the new one
+not there."""
 
 import os
 import runpy

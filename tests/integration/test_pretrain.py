@@ -1,4 +1,5 @@
-"""The run as an operator sees it: two processes, killed and started again, equal to the last bit to an unbroken run."""
+"""The run as an operator sees it: two processes, killed and started again, equal to the last bit to an
+unbroken run."""
 
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from corpora import random_documents, write_corpus
 from earlybert import checkpoint
 from earlybert.config import to_toml
-from earlybert.engine import _free_port
+from earlybert.lifecycle import free_port
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,13 +52,15 @@ class Folder:
         values["data"] = {**values["data"], "corpus": str(path / "corpus")}
         (path / "e.toml").write_text(to_toml(values))
 
-    def start(self, *words: str, ranks: int = 2, script: Path = PRETRAIN, **environment: str) -> list[subprocess.Popen]:
+    def start(
+        self, *words: str, ranks: int = 2, script: Path = PRETRAIN, **environment: str
+    ) -> list[subprocess.Popen]:
         shared = {
             **os.environ,
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "DS_ACCELERATOR": "cpu",
             **environment,
         }
@@ -94,11 +97,16 @@ class Folder:
 
 def told(lines: list[dict]) -> list[tuple]:
     """What must not depend on a stop: everything but the times."""
-    return [tuple((k, v) for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")) for line in lines]
+    return [
+        tuple((k, v) for k, v in line.items() if k not in ("tokens_per_second", "step_seconds"))
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
-def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_the_last_bit(tmp_path, stage, precision):
+def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_the_last_bit(
+    tmp_path, stage, precision
+):
     folder = Folder(tmp_path, stage=stage, precision=precision)
     assert folder.run("name=unbroken") == [0, 0], folder.log()
     unbroken = folder.metrics("unbroken")
@@ -120,12 +128,16 @@ def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_th
     assert folder.run("name=broken") == [0, 0], "a finished run is finished at once"
     assert told(folder.metrics("broken")) == told(unbroken)
     if stage:
-        assert_zero_to_fp32_gives_the_shrunken_weights(runs / "broken" / "checkpoints", tmp_path / "consolidated")
+        assert_zero_to_fp32_gives_the_shrunken_weights(
+            runs / "broken" / "checkpoints", tmp_path / "consolidated"
+        )
 
 
 def assert_zero_to_fp32_gives_the_shrunken_weights(checkpoints: Path, to: Path) -> None:
     """DeepSpeed's own script, as it lies beside the checkpoints, against a model of the manifest's shape."""
-    subprocess.run([sys.executable, checkpoints / "zero_to_fp32.py", checkpoints, to], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, checkpoints / "zero_to_fp32.py", checkpoints, to], check=True, capture_output=True
+    )
     weights = {}
     for file in to.glob("*.bin"):
         weights.update(torch.load(file, weights_only=True))
@@ -171,14 +183,31 @@ def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, wo
 
 
 def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(small):
-    command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port())]
+    command = [
+        Path(sys.executable).parent / "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += [PRETRAIN, small.path / "e.toml", "name=launched"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     run = small.path / "runs" / "launched"
-    names = {"experiment.toml", "deepspeed.json", "environment.json", "metrics.jsonl", "log.txt", "ticket.json"}
+    names = {
+        "experiment.toml",
+        "deepspeed.json",
+        "environment.json",
+        "metrics.jsonl",
+        "log.txt",
+        "ticket.json",
+    }
     assert names <= {path.name for path in run.iterdir()}
     assert list((run / "tensorboard").glob("events.*"))
     folders = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())

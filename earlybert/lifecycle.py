@@ -1,0 +1,70 @@
+"""Around a DeepSpeed engine's life: the ranks start, its config is checked, it is torn down.
+
+The surprise: `DeepSpeedEngine.destroy()` leaves closures, hooks and class-level stacks behind that keep the
+model alive; `tear_down` removes each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import pydantic
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+from earlybert import mechanics
+from earlybert.config import SettingsError
+
+
+def start_ranks() -> None:
+    """Join the process group of the launcher (deepspeed, torchrun), or make one of a single process.
+    Collective."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def check_config(values: Mapping[str, Any], *, where: str) -> None:
+    """Let DeepSpeed's own checks see a complete config (batch sizes filled in); raises SettingsError with its
+    words."""
+    try:
+        DeepSpeedConfig(mechanics.close_traps(values))
+    except (pydantic.ValidationError, AssertionError, ValueError) as error:
+        raise SettingsError(f"{where}: DeepSpeed refuses it: {error}") from error
+
+
+def tear_down(inner: Any) -> None:
+    """`destroy()` and what it forgets in 0.19.8; tests/test_engine.py shows that nothing stays alive."""
+    parameters = list(inner.module.parameters())
+    for hook in (inner.module_forward_pre_hook, inner.module_forward_post_hook):
+        if hook is not None:
+            hook.remove()
+    inner.destroy()
+    marks = ("_z3_optimizer", "_zero_optimizer", "_hp_mapping", "load_hp_checkpoint_state")
+    methods = tuple(f"{verb}_full_hp_{what}" for verb in ("get", "set") for what in ("param", "grad"))
+    for parameter in parameters:
+        for mark in (*marks, *methods):
+            parameter.__dict__.pop(mark, None)
+    writer = getattr(getattr(inner.monitor, "tb_monitor", None), "summary_writer", None)
+    if writer is not None:
+        writer.close()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = vars(coordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in getattr(cached, "__closure__", None) or ():
+        clear = getattr(cell.cell_contents, "cache_clear", None)
+        if clear is not None:
+            clear()
