@@ -216,9 +216,8 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         worst = max(abs(a - b) for a, b in zip(now, then, strict=True))
         raise EarlyBertError(
             f"{folder}: after loading, the logits of the fixed input differ by up to {worst:.3g} from "
-            "those at the save; "
-            "the files, the code or the device's arithmetic changed: use the versions in its manifest, "
-            "or remove this folder to go on from the one before"
+            "those at the save; the files, the code or the device's arithmetic changed: use the versions "
+            "in its manifest, or remove this folder to go on from the one before"
         )
 
 

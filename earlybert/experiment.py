@@ -153,8 +153,7 @@ class Experiment:
         if longest > self.model.positions:
             raise SettingsError(
                 f"phases.sequence_length = {longest} is longer than model.positions = "
-                f"{self.model.positions}; "
-                f"raise model.positions to {longest}"
+                f"{self.model.positions}; raise model.positions to {longest}"
             )
         if self.ticket.enabled:
             neurons = self.model.neurons or 4 * self.model.hidden
@@ -163,8 +162,8 @@ class Experiment:
             if self.ticket.draws * self.ticket.latest_step > steps:
                 raise SettingsError(
                     f"ticket.latest_step = {self.ticket.latest_step} times ticket.draws = "
-                    f"{self.ticket.draws} lies past "
-                    f"the run's {steps} steps; the last draw might never come: lower ticket.latest_step"
+                    f"{self.ticket.draws} lies past the run's {steps} steps; the last draw might never "
+                    "come: lower ticket.latest_step"
                 )
 
     @property

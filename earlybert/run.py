@@ -67,8 +67,7 @@ def _problem(experiment: Experiment, *, corpus: str, where: str) -> str | None:
     if stated.get("experiment") != experiment.fingerprint:
         return (
             f"{folder} holds another experiment than {where} with these overrides (compare its "
-            "experiment.toml); "
-            f"give this one another name, such as name={experiment.name}-2"
+            f"experiment.toml); give this one another name, such as name={experiment.name}-2"
         )
     if stated.get("corpus") != corpus:
         return (

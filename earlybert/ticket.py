@@ -117,16 +117,13 @@ class TicketSettings:
                     if width - round(ratio * width) < 1:
                         raise SettingsError(
                             f"ticket.{family}_ratio = {ratio} would remove all {width} {family}s of "
-                            f"layer {layer}; "
-                            f"use at most {(width - 1) / width:.2f}"
+                            f"layer {layer}; use at most {(width - 1) / width:.2f}"
                         )
             elif sum(widths) - round(ratio * sum(widths)) < sum(least):
                 raise SettingsError(
                     f"ticket.{family}_ratio = {ratio} keeps {sum(widths) - round(ratio * sum(widths))} "
-                    f"{family}s, but "
-                    f"{len(widths)} layers with at least {least[0]} each need {sum(least)}; lower the "
-                    "ratio or "
-                    f"ticket.minimum_{family}s"
+                    f"{family}s, but {len(widths)} layers with at least {least[0]} each need {sum(least)}; "
+                    f"lower the ratio or ticket.minimum_{family}s"
                 )
 
 

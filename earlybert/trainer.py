@@ -202,8 +202,7 @@ class _Trainer:
         if not math.isfinite(loss):
             raise EarlyBertError(
                 f"the loss became {loss} at step {self.step}; lower phases.learning_rate or use bf16 "
-                "instead of fp16, "
-                "and start again: the run goes on from its last checkpoint"
+                "instead of fp16, and start again: the run goes on from its last checkpoint"
             )
         open_line, micros = self.memory.sums, accumulation * dist.world_size()
         seconds = time.perf_counter() - began
@@ -388,8 +387,7 @@ class _Trainer:
         start = "from its seed" if self.found is None else f"from {self.found.folder}"
         self._say(
             f"{self.experiment.name}: {shape}; {dist.world_size()} ranks, ZeRO-{self.stage}, "
-            f"{self.precision}; "
-            f"step {self.step:,} of {self.total:,}, {start}"
+            f"{self.precision}; step {self.step:,} of {self.total:,}, {start}"
         )
 
     def _tell_draw(self) -> None:

@@ -8,6 +8,7 @@ compact has the true shapes and loads with trust_remote_code; dense loads in sto
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -31,4 +32,5 @@ def main() -> int:
 if __name__ == "__main__":
     from earlybert.config import run_command
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here touches a device: DeepSpeed need not look
     run_command(main)

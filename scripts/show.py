@@ -1,20 +1,27 @@
-"""Describe a corpus in words: counts, sizes, where the text came from, and a sample of it.
+"""Describe a corpus, a run, a checkpoint or a ticket in words.
 
-python scripts/show.py corpora/NAME
-python scripts/show.py corpora/NAME --document 17
+    python scripts/show.py corpora/NAME [--document 17] [--verify]
+    python scripts/show.py runs/NAME [--verify]
+    python scripts/show.py runs/NAME/checkpoints/step-0000400 [--verify]
+    python scripts/show.py runs/NAME/ticket.json
+
+--verify compares every checksum.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from earlybert.config import EarlyBertError, run_command
+from earlybert.config import EarlyBertError, read_toml, run_command
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,138 @@ def _describe_corpus(path: Path, arguments: argparse.Namespace) -> Iterator[str]
         yield "  | " + tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
 
 
+def _is_run(path: Path) -> bool:
+    return (path / "environment.json").is_file() and (path / "experiment.toml").is_file()
+
+
+def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    from earlybert import checkpoint
+
+    values, environment = read_toml(path / "experiment.toml"), _read_json(path / "environment.json")
+    total = sum(phase["steps"] for phase in values["phases"])
+    lines = _metrics(path / "metrics.jsonl")
+    reached = lines[-1]["step"] if lines else 0
+    yield f"run {path}: step {reached:,} of {total:,}{' (finished)' if reached == total else ''}"
+    model = values["model"]
+    yield (
+        f"dense model: {model['layers']} layers, {model['hidden']} wide, {model['heads']} heads a layer; "
+        f"corpus {values['data']['corpus']}"
+    )
+    for number, phase in enumerate(values["phases"], 1):
+        yield (
+            f"phase {number}: {phase['steps']:,} steps of {phase['batch']:,} sequences of "
+            f"{phase['sequence_length']} tokens, learning rate {phase['learning_rate']:g}"
+        )
+    yield (
+        f"last started on {environment['world_size']} ranks ({environment['device']}) with torch "
+        f"{environment['torch']}, commit {environment['git_commit'] or 'unknown'}"
+    )
+    trained = [line for line in lines if "loss" in line]
+    if trained:
+        last = trained[-1]
+        yield (
+            f"newest line: loss {last['loss']:.4f}, masked-LM accuracy {last['mlm_accuracy']:.3f}, "
+            f"{last['tokens_per_second']:,.0f} tokens/s, {last['parameters']:,} parameters"
+        )
+    for line in lines:
+        if "eval_loss" in line:
+            yield f"held-out loss at step {line['step']:>7,}: {line['eval_loss']:.4f}"
+    if (path / "ticket.json").is_file():
+        yield from _describe_ticket(path / "ticket.json", arguments)
+    else:
+        yield "no ticket has been drawn"
+    names = checkpoint.names(path / "checkpoints")
+    for name in names:
+        folder = path / "checkpoints" / name
+        yield f"checkpoint {name}: {_state_of(folder, arguments)}"
+    if not names:
+        yield "no checkpoint yet"
+    yield f"TensorBoard: tensorboard --logdir {path / 'tensorboard'}"
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and path.name.startswith("step-") and path.parent.name == "checkpoints"
+
+
+def _describe_checkpoint(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    from earlybert import checkpoint
+
+    manifest = checkpoint.read_manifest(path)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    yield f"checkpoint {path}: step {manifest.step:,}, format {manifest.version}"
+    yield (
+        f"written by {manifest.world_size} ranks, ZeRO-{manifest.stage}, {manifest.precision}, "
+        f"with {versions}"
+    )
+    yield f"{len(manifest.files)} files, {size / 1e6:,.1f} MB: {_state_of(path, arguments)}"
+    heads, neurons = manifest.model["heads_per_layer"], manifest.model["neurons_per_layer"]
+    for layer, (h, n) in enumerate(zip(heads, neurons, strict=True)):
+        yield f"layer {layer:>2}: {h} heads, {n:,} neurons"
+    for ticket in manifest.progress["tickets"]:
+        yield f"ticket drawn at step {ticket['step']:,} ({ticket['reason']})"
+    for step, loss in manifest.trainer.get("eval_losses", {}).items():
+        yield f"held-out loss at step {int(step):>7,}: {loss:.4f}"
+
+
+def _is_ticket(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".json" and "neuron_widths" in _read_json(path)
+
+
+def _describe_ticket(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    from earlybert.ticket import Ticket
+
+    ticket = Ticket.load(path)
+    yield f"ticket {path}: {ticket}"
+    for layer, (heads, neurons) in enumerate(zip(ticket.heads, ticket.neurons, strict=True)):
+        width, wide = ticket.head_widths[layer], ticket.neuron_widths[layer]
+        picture = "".join("#" if head in heads else "." for head in range(width))
+        bar = "=" * round(_BAR * len(neurons) / wide)
+        yield (
+            f"layer {layer:>2}: heads {picture} ({len(heads)} of {width})  "
+            f"neurons {bar:.<{_BAR}} ({len(neurons):,} of {wide:,})"
+        )
+    for step, far_heads, far_neurons in ticket.distances:
+        if far_heads is not None and far_neurons is not None:
+            yield f"distance at step {step:>6,}: heads {far_heads:.3f}, neurons {far_neurons:.3f}"
+    yield f"sha256 {ticket.sha256}"
+
+
+_BAR = 32
+
+
+def _state_of(folder: Path, arguments: argparse.Namespace) -> str:
+    from earlybert import checkpoint
+
+    try:
+        manifest = checkpoint.read_manifest(folder)
+    except EarlyBertError as error:
+        return f"broken: {error}"
+    if not arguments.verify:
+        return "complete (--verify compares the checksums)"
+    wrong = checkpoint.flaws(folder, manifest)
+    return f"broken: {'; '.join(wrong)}" if wrong else "complete, every checksum is right"
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that is still being written is left out."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EarlyBertError(f"{path}: cannot be read as JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
 DESCRIBERS = {
+    "checkpoint": Describer(_is_checkpoint, _describe_checkpoint),
+    "run": Describer(_is_run, _describe_run),
     "corpus": Describer(_is_corpus, _describe_corpus),
+    "ticket": Describer(_is_ticket, _describe_ticket),
 }
 """Asked in this order; the first that recognises PATH describes it."""
 
@@ -89,8 +226,11 @@ def main() -> int:
             for line in describer.describe(arguments.path, arguments):
                 print(line)
             return 0
-    raise EarlyBertError(f"{arguments.path} is none of: {', '.join(DESCRIBERS)}; give the folder of one")
+    raise EarlyBertError(
+        f"{arguments.path} is none of: {', '.join(DESCRIBERS)}; give the folder or file of one"
+    )
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here touches a device: DeepSpeed need not look
     run_command(main)
