@@ -37,8 +37,7 @@ def fixed_logits(engine):
     return logits
 
 
-# --- workers: run on every rank
-# --------------------------------------------------------------------------------------
+# --- workers: run on every rank ---
 
 
 def null_draw(stage, precision):
@@ -135,8 +134,7 @@ def two_draws(stage, precision, start):
     return kept, config.heads_per_layer, config.neurons_per_layer, config.coefficients, at_draw, losses
 
 
-# --- claims
-# ----------------------------------------------------------------------------------------------------------
+# --- claims ---
 
 
 @pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
@@ -155,9 +153,8 @@ def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(st
     results = ranks.run("test_engine:draw_and_compare", ranks=2, **arguments)
     for ticket, losses, reference, logits, masked_logits, got, expected, spread in results:
         assert spread > 1e-3, "the coefficients have moved, or the comparison says little"
-        assert [len(x) for x in ticket.heads] == [3, 3] and sum(map(len, ticket.neurons)) == 96 - round(
-            0.23 * 96
-        )
+        assert [len(x) for x in ticket.heads] == [3, 3]
+        assert sum(map(len, ticket.neurons)) == 96 - round(0.23 * 96)
         # The L1 term of the reference stands once in the whole batch's loss: so it does not depend on ranks
         # or micro-batches.
         assert losses == pytest.approx(reference, abs=2e-5)
@@ -188,9 +185,8 @@ def test_a_second_draw_in_the_same_run_works(stage, precision, start):
     first, second = progress.tickets
     assert (first.step, second.step) == (4, 8)
     assert heads == [len(x) for x in second.heads] == [2, 2]
-    assert neurons == [len(x) for x in second.neurons] and second.neuron_widths == tuple(
-        map(len, first.neurons)
-    )
+    assert neurons == [len(x) for x in second.neurons]
+    assert second.neuron_widths == tuple(map(len, first.neurons))
     assert coefficients == "none", "folded at the last draw"
     assert set(progress.heads[0]) <= set(first.heads[0])
     if start == "rewind":
