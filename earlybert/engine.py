@@ -6,7 +6,7 @@ inner engine: read the state, cut it, tear the old engine down, build the small 
 engine, seed it.
 
 The surprise: `engine.module` is another object after a draw. DeepSpeed leaves marks on modules and
-parameters, so none is ever used in two engines (DEEPSPEED notes: a shared parameter reads as zeros once the
+parameters, so none is ever used in two engines (docs/deepspeed.md: a shared parameter reads as zeros once the
 old engine is collected).
 """
 

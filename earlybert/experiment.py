@@ -27,15 +27,21 @@ class ModelSettings:
     """The dense model (the `[model]` table); the vocabulary's size comes from the corpus."""
 
     layers: int
+    """Encoder layers."""
     hidden: int
+    """Width of the hidden states; a multiple of heads."""
     heads: int
+    """Attention heads a layer, before a draw."""
     neurons: int | None = None
     """FFN intermediate neurons a layer; None means 4 * hidden."""
     positions: int = 512
     """Longest sequence the model can take."""
     dropout: float = 0.1
+    """Of embeddings and of what attention and FFN add."""
     attention_dropout: float = 0.1
+    """Of attention probabilities."""
     initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "positions"):
@@ -72,8 +78,11 @@ class OptimizerSettings:
     """The `[optimizer]` table; the learning rate stands in the phases."""
 
     name: Literal["adamw"] = "adamw"
+    """torch's fused AdamW."""
     betas: tuple[float, ...] = (0.9, 0.98)
+    """Decay of the first and the second moment."""
     epsilon: float = 1e-6
+    """Added to the root of the second moment."""
     weight_decay: float = 0.01
     """Of matrices; biases, LayerNorm and coefficients have none."""
     clipping: float = 1.0
@@ -135,6 +144,7 @@ class Experiment:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     seed: int = 0
+    """Of initial weights, order, masks and dropout, each under a key of its own."""
     runs: str = "runs"
     """Folder of the run folders."""
     log_every: int = 10

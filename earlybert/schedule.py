@@ -31,7 +31,7 @@ class PhaseSettings:
     decay: Literal["linear", "polynomial", "constant"] = "linear"
     """Shape of the fall after the warm-up; "polynomial" is (1 - t) ** power."""
     power: float = 0.5
-    """Exponent of the polynomial decay (0.5 in the LAMB recipe of METHOD.md section 3)."""
+    """Exponent of the polynomial decay (0.5 in the LAMB recipe of docs/method.md section 3)."""
     end_learning_rate: float = 0.0
     """Rate at the phase's last step."""
 

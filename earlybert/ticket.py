@@ -2,8 +2,8 @@
 ticket's file.
 
 A mask says which heads and neurons stay. It is ranked by |c| on the **fp32 master** values: near 1.0 bf16 has
-steps of 2^-8, so ranking its values would rank ties (METHOD.md section 4). Counts are exact, ties go to the
-lower index.
+steps of 2^-8, so ranking its values would rank ties (docs/method.md section 1). Counts are exact, ties go to
+the lower index.
 
 The distance between two masks is their normalised Hamming distance divided by its chance level 2p(1-p), p
 being the share that is removed: 0 is the same mask, 1 is what two independent masks would show.
@@ -34,7 +34,7 @@ class TicketSettings:
     enabled: bool = True
     """Search and draw; false trains the dense model without coefficients."""
     penalty: float = 1e-4
-    """lambda of the L1 term lambda * sum |c| (METHOD.md section 1)."""
+    """lambda of the L1 term lambda * sum |c| (docs/method.md section 1)."""
     head_ratio: float = 1 / 3
     """Share of the attention heads to remove (the paper's 4 of 12)."""
     neuron_ratio: float = 0.3

@@ -1,4 +1,4 @@
-"""The house's rule: imports point down, and heavy packages stay in their rooms (DESIGN: rooms and floors)."""
+"""The house's rule: imports point down, and heavy packages stay in their rooms."""
 
 import ast
 from pathlib import Path

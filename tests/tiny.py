@@ -77,10 +77,16 @@ def engine(
     *,
     clipping: float = 0.0,
     model_config: Any = None,
+    fp32_accumulation: bool = False,
+    offload: bool = False,
 ) -> Engine:
-    values = mechanics.complete(
-        mechanics_of(stage, precision), micro_batch=MICRO, accumulation=ACCUMULATION, clipping=clipping
-    )
+    asked = mechanics_of(stage, precision)
+    if fp32_accumulation:
+        asked["data_types"] = {"grad_accum_dtype": "fp32"}
+    if offload:
+        asked["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        asked["zero_force_ds_cpu_optimizer"] = False
+    values = mechanics.complete(asked, micro_batch=MICRO, accumulation=ACCUMULATION, clipping=clipping)
     return initialize(
         model=seeded_model(model_config or config(), seed=7),
         config=values,
