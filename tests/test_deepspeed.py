@@ -6,7 +6,6 @@ import ranks
 import tiny
 from earlybert import mechanics
 
-
 SAVED_AT = 20
 """0.999 ** 21 in fp32 depends on how it is computed; at some other steps both ways happen to agree."""
 
