@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import pydantic
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
@@ -28,7 +30,18 @@ def start_ranks() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's to mend, and said once a process and collective.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
     deepspeed.init_distributed(verbose=False)
+
+
+def end_ranks() -> None:
+    """Leave the process group. Without this a gloo thread may still run at exit, which aborts the process.
+
+    Call it on every way out; after an error too, so no rank waits for another here.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:

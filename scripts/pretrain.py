@@ -19,20 +19,22 @@ def main() -> int:
     )
     parser.add_argument("experiment", help="experiment file (TOML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    parser.add_argument(
-        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # the launcher adds it
+    # The launcher adds this one; the rank is taken from the environment.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     from earlybert import experiment  # after the arguments: --help and mistakes do not wait for torch
 
     settings, mechanics = experiment.load(arguments.experiment, arguments.overrides)
 
-    from earlybert.lifecycle import start_ranks
+    from earlybert.lifecycle import end_ranks, start_ranks
     from earlybert.trainer import STOPPED, train
 
     start_ranks()
-    result = train(settings, mechanics, where=arguments.experiment)
+    try:
+        result = train(settings, mechanics, where=arguments.experiment)
+    finally:
+        end_ranks()
     return STOPPED if result.stopped else 0
 
 

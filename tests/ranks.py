@@ -71,15 +71,15 @@ def _main() -> None:
     box = Path(sys.argv[1])
     function, arguments = pickle.loads((box / "arguments").read_bytes())
     module, name = function.split(":")
-    from earlybert.lifecycle import start_ranks
+    from earlybert.lifecycle import end_ranks, start_ranks
 
     start_ranks()
     result = getattr(importlib.import_module(module), name)(**arguments)
     (box / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
-    import torch.distributed
+    from earlybert import dist
 
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.barrier()  # a rank that is done early must not look dead to the others
+    end_ranks()
 
 
 if __name__ == "__main__":

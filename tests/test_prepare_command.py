@@ -155,7 +155,7 @@ def test_an_error_in_a_worker_process_is_one_line_too(tmp_path: Path) -> None:
 def test_show_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert "no such file" in run("show.py", tmp_path / "none").stderr
     done = run("show.py", tmp_path)
-    assert done.returncode == 2 and "is none of: corpus" in done.stderr
+    assert done.returncode == 2 and "is none of: checkpoint, run, corpus, ticket" in done.stderr
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not on this machine")

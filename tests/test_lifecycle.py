@@ -1,0 +1,47 @@
+"""The ranks start under any launcher, and end so that no communication thread outlives the interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ranks
+from earlybert import dist, lifecycle
+from earlybert.config import SettingsError
+
+
+def leave():
+    before = dist.active()
+    lifecycle.end_ranks()
+    lifecycle.end_ranks()
+    return before, dist.active()
+
+
+def test_after_the_end_there_is_no_process_group():
+    assert ranks.run("test_lifecycle:leave", ranks=2) == [(True, False)] * 2
+
+
+def test_without_a_launcher_there_is_one_rank_and_the_process_ends_cleanly():
+    program = "from earlybert import dist, lifecycle; lifecycle.start_ranks(); " + (
+        "print(dist.active(), dist.rank(), dist.world_size()); lifecycle.end_ranks()"
+    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True 0 1"
+
+
+@pytest.mark.parametrize(
+    "zero", [{"stage": 7}, {"stage": 2, "no_such_key": 1}, {"stage": 2, "reduce_bucket_size": "much"}]
+)
+def test_what_deepspeed_refuses_is_said_with_the_files_name(zero):
+    values = {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    with pytest.raises(SettingsError, match=r"ds\.json: DeepSpeed refuses it"):
+        lifecycle.check_config(values, where="ds.json")
