@@ -12,7 +12,9 @@ something else is noticed before a step is taken.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -229,7 +231,8 @@ def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
     folder, stage = checkpoint.folder, checkpoint.manifest.stage
     if stage:
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints each of its steps
+            found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
         return {name: value.float() for name, value in found.items()}
     # ZeRO-0 keeps the module's own weights; where those are 16 bits wide its optimizer has the masters, in
     # the order of the parameter groups, which is that of the names the group order follows.

@@ -168,8 +168,20 @@ def attend(
     mask: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1, T] or None."""
-    return functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout)
+    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1, T] or None.
+
+    PyTorch's own, but for training in 16 bits on a CPU: its backward pass there takes 2 to 6 times as long as
+    the plain products (torch 2.13; LOG.md has the figures, tests/test_model.py compares the values).
+    """
+    if q_BNTH.device.type != "cpu" or q_BNTH.dtype == torch.float32 or not q_BNTH.requires_grad:
+        return functional.scaled_dot_product_attention(
+            q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout
+        )
+    scores_BNTT = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNTH.transpose(-1, -2)
+    if mask is not None:
+        # Not -inf: a row of nothing but padding must stay finite.
+        scores_BNTT = scores_BNTT.masked_fill(~mask, torch.finfo(scores_BNTT.dtype).min)
+    return functional.dropout(scores_BNTT.softmax(-1), dropout) @ v_BNTH
 
 
 class _SelfAttention(nn.Module):
@@ -389,10 +401,12 @@ class EarlyBertForPreTraining(PreTrainedModel):
         output = EarlyBertOutput(prediction_logits=None if shape is None else logits.view(*shape, -1))
         if targets is not None:
             counted = (targets != IGNORED).sum()
-            total = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+            scores = logits.float()
+            total = functional.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
             # A rank's share of a held-out set may hold no label at all: its loss is 0, not 0 / 0.
             output.loss = total / counted.clamp(min=1)
-            output.correct = (logits.detach().argmax(-1) == targets).sum()
+            # max gives the index too, and in a seventh of argmax's time on a CPU.
+            output.correct = (scores.detach().max(-1).indices == targets).sum()
             output.counted = counted
         if pooled_BD is not None and self.cls.seq_relationship is not None:
             output.seq_relationship_logits = self.cls.seq_relationship(pooled_BD)

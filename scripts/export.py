@@ -32,5 +32,6 @@ def main() -> int:
 if __name__ == "__main__":
     from earlybert.config import run_command
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that last a moment only hide what is said
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here touches a device: DeepSpeed need not look
     run_command(main)

@@ -93,5 +93,6 @@ def _word_to_hide(pieces: list[str]) -> int | None:
 if __name__ == "__main__":
     from earlybert.config import run_command
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that last a moment only hide what is said
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run_command(main)

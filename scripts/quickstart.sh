@@ -36,8 +36,8 @@ say "1. corpus: $corpus"
 python scripts/prepare.py "$corpus" --out "$out/corpus" --vocab-size 8192 --tasks 2
 
 say "2. pretraining: two processes, ZeRO-2, bf16; the detector draws the ticket"
-ranks=$(nproc)
-deepspeed --num_accelerators $((ranks < 2 ? ranks : 2)) \
+ranks=$(python -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
+deepspeed --num_accelerators "$ranks" --log_level error \
   --master_port "$(python -c 'from earlybert.lifecycle import free_port; print(free_port())' 2>/dev/null)" \
   scripts/pretrain.py scripts/experiments/quickstart.toml "data.corpus=$out/corpus" "runs=$out/runs"
 

@@ -18,6 +18,7 @@ from earlybert.model import (
     EarlyBertConfig,
     EarlyBertForMaskedLM,
     EarlyBertForPreTraining,
+    attend,
     encoder_flops_per_token,
     initial_value,
     seeded_model,
@@ -150,6 +151,46 @@ def test_a_batch_without_labels_has_loss_zero_and_zero_gradients():
     output = model.train()(input_ids=batch["input_ids"], **positions)
     assert output.loss == 0
     assert all(not g.any() for g in gradients(model, output.loss).values())
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_attention_in_16_bits_on_a_cpu_is_within_twice_the_error_of_pytorchs_own(padding):
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 3, 24, 16, generator=generator).requires_grad_() for _ in range(3)]
+    mask = torch.ones(2, 1, 1, 24, dtype=torch.bool)
+    if padding:
+        mask[0, ..., 17:] = False
+    asked = mask if padding else None
+
+    def run(dtype, way):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+        out = way(*inputs)
+        out.square().sum().backward()
+        return [out.float(), *(x.grad.float() for x in inputs)]
+
+    def stock(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=asked)
+
+    def ours(q, k, v):
+        return attend(q, k, v, mask=asked, dropout=0.0)
+
+    reference = run(torch.float32, stock)
+    for true, theirs, own in zip(
+        reference, run(torch.bfloat16, stock), run(torch.bfloat16, ours), strict=True
+    ):
+        assert (own - true).norm() < 2 * (theirs - true).norm()
+    assert all(map(torch.equal, run(torch.float32, ours), reference)), "fp32 is PyTorch's own"
+
+
+def test_attention_in_16_bits_on_a_cpu_drops_probabilities_and_survives_a_row_of_padding():
+    q = torch.randn(1, 1, 64, 8, dtype=torch.bfloat16).requires_grad_()
+    ones = torch.ones(1, 1, 64, 8, dtype=torch.bfloat16)
+    dropped = attend(q, q, ones, mask=None, dropout=0.5).float()
+    assert dropped.std() > 0.05 and abs(dropped.mean().item() - 1) < 0.1
+    nothing = torch.zeros(1, 1, 1, 64, dtype=torch.bool)
+    out = attend(q, q, ones, mask=nothing, dropout=0.0)
+    out.sum().backward()
+    assert out.isfinite().all() and q.grad.isfinite().all()
 
 
 def test_a_row_of_nothing_but_padding_has_finite_values_and_gradients():
