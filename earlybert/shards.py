@@ -277,6 +277,14 @@ class Corpus:
             )
         return corpus
 
+    def flaws(self, *, only: slice | None = None) -> list[str]:
+        """Hash every byte of the shards, or of a share of them, and say which do not match the manifest."""
+        return [
+            wrong
+            for shard in self.manifest.shards[only or slice(None)]
+            if (wrong := _checksum_flaw(self.folder / shard.name, shard)) is not None
+        ]
+
     def __len__(self) -> int:
         return len(self.document_lengths)
 
@@ -328,10 +336,9 @@ def _map_shard(path: Path, shard: ShardInfo, *, manifest: Manifest, verify: str)
         raise EarlyBertError(
             f"shard {path} has {size} bytes, the manifest says {shard.bytes}; prepare the corpus again"
         )
-    if verify == "checksum" and (found := file_sha256(path)) != shard.sha256:
-        raise EarlyBertError(
-            f"shard {path} has sha256 {found}, the manifest says {shard.sha256}; prepare the corpus again"
-        )
+    wrong = _checksum_flaw(path, shard) if verify == "checksum" else None
+    if wrong is not None:
+        raise EarlyBertError(wrong)
     try:
         with pa.memory_map(str(path)) as mapped:
             batches = [_batch(batch) for batch in pa.ipc.open_stream(mapped)]
@@ -345,6 +352,13 @@ def _map_shard(path: Path, shard: ShardInfo, *, manifest: Manifest, verify: str)
             "prepare the corpus again"
         )
     return batches
+
+
+def _checksum_flaw(path: Path, shard: ShardInfo) -> str | None:
+    found = file_sha256(path)
+    if found == shard.sha256:
+        return None
+    return f"shard {path} has sha256 {found}, the manifest says {shard.sha256}; prepare the corpus again"
 
 
 def _batch(batch: pa.RecordBatch) -> _Batch:

@@ -95,6 +95,7 @@ class _Trainer:
         for phase in range(len(experiment.phases)):
             check_config(self._deepspeed_config(phase), where=experiment.deepspeed)
         self.corpus = Corpus.open(experiment.data.corpus, verify="size")
+        self._check_shards()
         vocabulary = self.corpus.manifest.vocab_size
         check_vocabulary(
             self.corpus,
@@ -299,6 +300,13 @@ class _Trainer:
                 _Sums(**stored["sums"]), stored["trained_seconds"], dict(stored["eval_losses"])
             )
         return engine
+
+    def _check_shards(self) -> None:
+        """Raise EarlyBertError on every rank where a shard's checksum is off; the ranks share the hashing."""
+        own = self.corpus.flaws(only=slice(dist.rank(), None, dist.world_size()))
+        wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
+        if wrong:
+            raise EarlyBertError("; ".join(wrong))
 
     def _deepspeed_config(self, phase: int) -> dict[str, Any]:
         settings = self.experiment.phases[phase]

@@ -229,6 +229,25 @@ def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(s
     assert small.metrics("launched")[-1]["step"] == 16
 
 
+def test_fewer_processes_than_the_checkpoint_has_are_refused(small):
+    assert small.run("name=halved", "phases.0.steps=8", "ticket.latest_step=6") == [0, 0], small.log()
+    before = small.metrics("halved")
+    assert small.run("name=halved", "phases.0.steps=8", "ticket.latest_step=6", ranks=1) == [2]
+    assert "has ranks 2, this start 1; start as many processes" in small.log()
+    assert small.metrics("halved") == before
+
+
+def test_a_changed_byte_of_a_shard_is_noticed_before_anything_starts(tmp_path):
+    folder = Folder(tmp_path, stage=2, precision="bf16")
+    shard = sorted((folder.path / "corpus").glob("*.arrow"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert folder.run("name=flipped") == [2, 2]
+    assert f"{shard} has sha256" in folder.log() and "prepare the corpus again" in folder.log()
+    assert not (folder.path / "runs").exists()
+
+
 def test_more_processes_than_cores_are_refused(small):
     codes = small.run("name=crowded", LOCAL_WORLD_SIZE=str(len(os.sched_getaffinity(0)) + 1))
     assert codes == [2, 2] and "CPU cores" in small.log() and not (small.path / "runs" / "crowded").exists()
