@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import sentences, sources, steps, vocab
+from data_prep.report import megabytes, progress_bar, report
 from data_prep.sources import Source
 from earlybert.config import EarlyBertError, SettingsError, sync_folder
 from earlybert.shards import (
@@ -163,7 +163,7 @@ class _Build:
             total += (
                 size if steps.is_split_by_file(paths, self.settings.tasks) else size * self.settings.tasks
             )
-            self.tell(f"reading {source.word}: {len(paths):,} files, {_megabytes(size)}")
+            self.tell(f"reading {source.word}: {len(paths):,} files, {megabytes(size)}")
         given = [source for source, _ in self.inputs]
         pipeline = [
             steps.Read(self.inputs, progress=self.work / "progress"),
@@ -195,7 +195,7 @@ class _Build:
                 size = self.settings.vocab_size or 30522
                 characters = sum(n for label, n in cleaned.items() if label.endswith("|characters"))
                 share = min(1.0, _VOCABULARY_CHARACTERS / characters)
-                self.tell(f"learning {size:,} WordPieces from {_megabytes(int(characters * share))} of text")
+                self.tell(f"learning {size:,} WordPieces from {megabytes(int(characters * share))} of text")
                 files = [steps.staged_file(self.work / "staged", rank) for rank in range(self.settings.tasks)]
                 learnt = vocab.learn(
                     _Sample(files, share, self.settings.seed), vocab_size=size, cased=self.settings.cased
@@ -226,7 +226,7 @@ class _Build:
         executor = steps.Executor(
             pipeline=pipeline, tasks=tasks, workers=workers, logging_dir=str(self.work / stage)
         )
-        with _progress_bar(self.work / "progress", prefix=bar, stage=stage, total=total, unit=unit):
+        with progress_bar(self.work / "progress", prefix=bar, stage=stage, total=total, unit=unit):
             executor.run()
         return steps.totals(self.work / stage, tasks=tasks)
 
@@ -293,26 +293,6 @@ class _Build:
     def _report(self, manifest: Manifest) -> None:
         for line in report(manifest):
             self.tell(line)
-
-
-def report(manifest: Manifest) -> Iterator[str]:
-    """Say in lines what went into a corpus, what was dropped and why, and what came out."""
-    for row in manifest.statistics.get("sources", []):
-        yield (
-            f"{row['source']}: {row['files']:,} files ({_megabytes(row['bytes'])}), "
-            f"{row['documents_read']:,} documents"
-        )
-        for reason, count in row["dropped"].items():
-            yield f"  dropped {count:,}: {reason}"
-        yield (
-            f"  kept {row['documents']:,} documents, {row['sentences']:,} sentences, {row['words']:,} words, "
-            f"{row['tokens']:,} tokens ({row['unknown_tokens'] / max(1, row['tokens']):.3%} unknown)"
-        )
-    size = sum(shard.bytes for shard in manifest.shards)
-    yield (
-        f"in all {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} "
-        f"tokens in {len(manifest.shards)} shards ({_megabytes(size)}), vocabulary {manifest.vocab_size:,}"
-    )
 
 
 class _Sample:
@@ -397,41 +377,8 @@ def _locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _progress_bar(folder: Path, *, prefix: str, stage: str, total: int, unit: str) -> Iterator[None]:
-    """Show how far all tasks are, from the small files that they leave in `folder`."""
-    from tqdm import tqdm
-
-    stop = threading.Event()
-    with tqdm(total=total, desc=stage, unit=unit, unit_scale=True, mininterval=1.0) as bar:
-
-        def look() -> None:
-            done = 0
-            for path in folder.glob(f"{prefix}-*"):
-                with contextlib.suppress(OSError, ValueError):  # being rewritten: the next look will see it
-                    done += int(path.read_text())
-            bar.update(min(total, max(bar.n, done)) - bar.n)
-
-        def watch() -> None:
-            while not stop.wait(0.5):
-                look()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            look()
-
-
 def _dropped(counts: dict[str, int], index: int) -> dict[str, int]:
     prefix = f"{index}|dropped|"
     return {
         label.removeprefix(prefix): n for label, n in sorted(counts.items()) if label.startswith(prefix) and n
     }
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -43,7 +43,7 @@ def _is_corpus(path: Path) -> bool:
 
 
 def _describe_corpus(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    from data_prep.build import report
+    from data_prep.report import report
     from data_prep.vocab import load
     from earlybert.shards import Corpus
 

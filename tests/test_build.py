@@ -16,6 +16,7 @@ import pytest
 from data_prep import build as room
 from data_prep import steps, vocab
 from data_prep.build import BuildSettings, build
+from data_prep.report import report
 from earlybert.config import EarlyBertError
 from earlybert.shards import Corpus, Manifest
 
@@ -99,7 +100,7 @@ def test_statistics_say_what_was_dropped_and_why(texts: Path, tmp_path: Path) ->
     assert row["sentences"] == manifest.sentences == 144
     assert row["tokens"] == manifest.tokens == sum(s.tokens for s in manifest.shards)
     assert manifest.sources == {"text": {"documents": 12, "tokens": manifest.tokens}}
-    said = "\n".join(room.report(manifest))
+    said = "\n".join(report(manifest))
     assert "dropped 1: fewer than 15 words" in said and "kept 12 documents" in said
 
 
