@@ -1,0 +1,102 @@
+"""scripts/show.py on runs, checkpoints and tickets, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from earlybert.ticket import Ticket
+
+ROOT = Path(__file__).resolve().parent.parent
+TICKET = Ticket(
+    step=310,
+    heads=((0, 1), (0, 2)),
+    neurons=((0, 1, 2), (0,)),
+    head_widths=(3, 3),
+    neuron_widths=(4, 4),
+    reason="settled",
+    distances=((100, None, None), (110, 0.25, 0.5)),
+)
+
+
+def show(*arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "show.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder of two phases that was stopped at step 4 after its draw, with one good checkpoint."""
+    folder = tmp_path / "runs" / "r"
+    checkpoint = folder / "checkpoints" / "step-0000004"
+    checkpoint.mkdir(parents=True)
+    (folder / "experiment.toml").write_text(
+        "[model]\nlayers = 2\nhidden = 12\nheads = 3\n[data]\ncorpus = 'c'\n"
+        "[[phases]]\nsteps = 6\nbatch = 8\nsequence_length = 16\nlearning_rate = 1e-3\n"
+        "[[phases]]\nsteps = 4\nbatch = 4\nsequence_length = 32\nlearning_rate = 5e-4\n"
+    )
+    environment = {"world_size": 2, "device": "cpu", "torch": "2", "git_commit": None}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    lines = [{"step": 0, "eval_loss": 4.5}]
+    line = {"step": 4, "loss": 3.25, "mlm_accuracy": 0.5, "tokens_per_second": 1234.5, "parameters": 999}
+    lines.append({**line, "eval_loss": 3.5})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 5, "lo')
+    TICKET.save(folder / "ticket.json")
+    (checkpoint / "shard.pt").write_bytes(b"weights")
+    sha = "9faf4a0cd6e8fa0a4d6a5aa0bd1bd5b3d5b0f3f9b3f0f2b1a9a1b6f9e2ce3cd9"
+    manifest = {
+        "step": 4, "experiment": "e", "corpus": "c", "world_size": 2, "stage": 1, "precision": "bf16",
+        "model": {"heads_per_layer": [2, 2], "neurons_per_layer": [3, 1]},
+        "progress": {"tickets": [TICKET.to_json()]}, "trainer": {"eval_losses": {"0": 4.5}}, "logits": [],
+        "versions": {"torch": "2"}, "files": {"shard.pt": {"bytes": 7, "sha256": sha}}, "version": 1,
+    }  # fmt: skip
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_run_is_described_while_it_is_being_written(run):
+    code, said = show(run)
+    assert code == 0
+    for words in (
+        "step 4 of 10",
+        "phase 2: 4 steps of 4 sequences of 32 tokens",
+        "held-out loss at step       4: 3.5000",
+        "newest line: loss 3.2500",
+        "keep 4 of 6 heads, 4 of 8 neurons",
+        "layer  0: heads ##. (2 of 3)",
+        "checkpoint step-0000004: complete",
+        "tensorboard --logdir",
+    ):
+        assert words in said, said
+
+
+def test_a_checkpoint_is_described_and_verify_names_what_is_broken(run):
+    folder = run / "checkpoints" / "step-0000004"
+    code, said = show(folder)
+    assert code == 0 and "written by 2 ranks, ZeRO-1, bf16" in said and "layer  1: 2 heads, 1 neurons" in said
+    code, said = show(folder, "--verify")
+    assert code == 0 and "broken: shard.pt does not match its sha256" in said
+
+
+def test_a_ticket_is_drawn_in_characters_and_a_changed_one_is_refused(run):
+    code, said = show(run / "ticket.json")
+    assert code == 0 and "layer  1: heads #.# (2 of 3)" in said
+    assert "distance at step    110: heads 0.250, neurons 0.500" in said and "step    100" not in said
+    values = json.loads((run / "ticket.json").read_text())
+    values["heads"][0] = [0, 2]
+    (run / "ticket.json").write_text(json.dumps(values))
+    code, said = show(run / "ticket.json")
+    assert code == 2 and "does not match its sha256" in said
+
+
+def test_an_unfinished_save_is_no_checkpoint(run):
+    (run / "checkpoints" / "step-0000004" / "manifest.json").unlink()
+    code, said = show(run / "checkpoints" / "step-0000004")
+    assert code == 2 and "no manifest.json, so not a complete checkpoint" in said
+    code, said = show(run)
+    assert code == 0 and "step-0000004: broken" in said
