@@ -10,9 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from earlybert.shards import Corpus
 
 
 def main() -> int:
@@ -61,21 +65,27 @@ def _filled(experiment: dict[str, Any], model: Path, *, count: int) -> Iterator[
     settings = parse(DataSettings, experiment["data"], where="experiment.toml: data")
     fill = pipeline("fill-mask", model=str(model), tokenizer=str(model), trust_remote_code=True, device=-1)
     tokenizer: Any = fill.tokenizer
-    found = 0
-    for document in split_documents(corpus, settings=settings, split="held_out").tolist():
-        tokens, starts = corpus.document(document)
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(tokens)], strict=True):
-            pieces = tokenizer.convert_ids_to_tokens(tokens[start:end].tolist())
-            place = _word_to_hide(pieces)
-            if place is None:
-                continue
+    documents = split_documents(corpus, settings=settings, split="held_out").tolist()
+    waiting = deque(_hidden_words(corpus, tokenizer, document) for document in documents)
+    while waiting and count > 0:  # one sentence of each document in turn
+        sentences = waiting.popleft()
+        found = next(sentences, None)
+        if found is not None:
+            prompt, word = found
+            yield prompt, word, [guess["token_str"] for guess in fill(prompt, top_k=4)]
+            waiting.append(sentences)
+            count -= 1
+
+
+def _hidden_words(corpus: Corpus, tokenizer: Any, document: int) -> Iterator[tuple[str, str]]:
+    """Yield (sentence with a mask, the word that stood there) of a document."""
+    tokens, starts = corpus.document(document)
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(tokens)], strict=True):
+        pieces = tokenizer.convert_ids_to_tokens(tokens[start:end].tolist())
+        place = _word_to_hide(pieces)
+        if place is not None:
             hidden = [*pieces[:place], tokenizer.mask_token, *pieces[place + 1 :]]
-            prompt = tokenizer.convert_tokens_to_string(hidden)
-            yield prompt, pieces[place], [guess["token_str"] for guess in fill(prompt, top_k=4)]
-            found += 1
-            break
-        if found == count:
-            return
+            yield tokenizer.convert_tokens_to_string(hidden), pieces[place]
 
 
 def _word_to_hide(pieces: list[str]) -> int | None:

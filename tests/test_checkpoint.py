@@ -1,0 +1,116 @@
+"""A checkpoint is whole or it is not used; what loads is what was saved."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ranks
+import tiny
+from earlybert import checkpoint, dist
+from earlybert.config import EarlyBertError
+
+WHAT = {"experiment": "e", "corpus": "c", "precision": "bf16", "trainer": {"sums": {}}}
+
+
+def saves(folder, stage):
+    """Six steps, saved after every other; what is on disk then, and the losses after a load of step 4."""
+    where = Path(folder)
+    engine = tiny.engine(stage, "bf16", tiny.settings(minimum_step=20, latest_step=20))
+    for step in (2, 4, 6):
+        losses = tiny.train(engine, range(step - 2, step))
+        checkpoint.save(engine, where, step=step, stage=stage, keep=2, **WHAT)
+    engine.close()
+    dist.barrier()
+    kept, latest = checkpoint.names(where), (where / "latest").read_text()
+    if dist.rank() == 0:  # the newest is damaged
+        victim = sorted(p for p in (where / "step-0000006").iterdir() if p.suffix == ".pt")[-1]
+        os.truncate(victim, victim.stat().st_size - 1)
+    dist.barrier()
+    found = checkpoint.newest_good(where)
+    assert found is not None and found.folder.name == "step-0000004"
+    again = tiny.engine(stage, "bf16", tiny.settings(minimum_step=20, latest_step=20))
+    checkpoint.load(again, found)
+    resumed = tiny.train(again, range(4, 6))
+    wrong = dataclasses.replace(found.manifest, logits=[x + 1 for x in found.manifest.logits])
+    with pytest.raises(EarlyBertError, match="differ by up to 1"):
+        checkpoint.load(again, dataclasses.replace(found, manifest=wrong))
+    again.close()
+    return losses, resumed, kept, latest, sorted(p.name for p in where.iterdir())
+
+
+@pytest.mark.parametrize(("stage", "count"), [(0, 2), (2, 1), (3, 2)])
+def test_the_newest_good_checkpoint_is_found_and_goes_on_bit_equal(tmp_path, stage, count):
+    results = ranks.run("test_checkpoint:saves", ranks=count, folder=str(tmp_path), stage=stage)
+    for losses, resumed, kept, latest, entries in results:
+        assert resumed == losses
+        assert kept == ["step-0000006", "step-0000004"], "two stay, and the oldest went"
+        assert latest == "step-0000006"
+        assert not [name for name in entries if name.startswith(".")], "nothing half-written is left"
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A checkpoint folder with one file, complete by its manifest."""
+    folder = tmp_path / "step-0000010"
+    folder.mkdir()
+    (folder / "a.pt").write_bytes(b"0123456789")
+    entry = {"bytes": 10, "sha256": checkpoint._sha256(folder / "a.pt")}
+    manifest = checkpoint.Manifest(
+        step=10, world_size=1, stage=2, model={}, progress={}, logits=[], versions={}, files={"a.pt": entry},
+        **WHAT,
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "a.pt").unlink(), "a.pt is missing"),
+        (lambda f: (f / "a.pt").write_bytes(b"0123"), "a.pt has 4 bytes, the manifest says 10"),
+        (lambda f: (f / "a.pt").write_bytes(b"0123456780"), "a.pt does not match its sha256"),
+    ],
+    ids=["missing", "truncated", "changed"],
+)
+def test_each_damage_of_a_file_is_named(good, damage, says):
+    assert checkpoint.flaws(good, checkpoint.read_manifest(good)) == []
+    damage(good)
+    assert checkpoint.flaws(good, checkpoint.read_manifest(good)) == [says]
+    assert checkpoint.newest_good(good.parent) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json, so not a complete checkpoint"),
+        (lambda f: (f / "manifest.json").write_text('{"step": 1'), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text('{"version": 99}'), "checkpoint format 99"),
+        (lambda f: (f / "manifest.json").write_text('{"version": 1}'), "cannot be read"),
+    ],
+    ids=["missing", "half", "another format", "empty"],
+)
+def test_a_folder_without_a_readable_manifest_is_no_checkpoint(good, damage, says):
+    damage(good)
+    with pytest.raises(EarlyBertError, match=says):
+        checkpoint.read_manifest(good)
+    older = good.parent / "step-0000005"
+    shutil.copytree(good, older)
+    assert checkpoint.newest_good(good.parent) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        ({"stage": 3, "precision": "bf16"}, "ZeRO stage 2, this start 3"),
+        ({"stage": 2, "precision": "fp32"}, "precision bf16, this start fp32"),
+    ],
+)
+def test_another_layout_is_refused_with_what_to_start(good, now, says):
+    manifest = checkpoint.read_manifest(good)
+    checkpoint.same_layout(manifest, stage=2, precision="bf16")
+    with pytest.raises(EarlyBertError, match=says):
+        checkpoint.same_layout(manifest, **now)
