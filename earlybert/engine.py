@@ -29,6 +29,7 @@ from earlybert import dist, mechanics, state
 from earlybert.config import SettingsError
 from earlybert.lifecycle import tear_down
 from earlybert.model import initial_value
+from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, penalise
 from earlybert.shrink import (
     Piece,
@@ -131,9 +132,9 @@ def parameter_groups(module: torch.nn.Module, *, weight_decay: float) -> Paramet
     """Decayed matrices, undecayed vectors (biases, LayerNorm), undecayed coefficients; empty groups are left
     out."""
     groups: ParameterGroups = [
-        {"name": "matrices", "params": [], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [], "weight_decay": 0.0},
-        {"name": "coefficients", "params": [], "weight_decay": 0.0},
+        {"name": "matrices", "params": [], "weight_decay": weight_decay, "trust_ratio": True},
+        {"name": "vectors", "params": [], "weight_decay": 0.0, "trust_ratio": False},
+        {"name": "coefficients", "params": [], "weight_decay": 0.0, "trust_ratio": False},
     ]
     for name, parameter in module.named_parameters():
         which = 2 if name.endswith(".coefficients") else 0 if parameter.ndim > 1 else 1
@@ -402,6 +403,8 @@ class Engine:
                     parameter.register_hook(
                         penalise(parameter, self._bird.settings.penalty, self._loss_scale)
                     )
+        if isinstance(base := getattr(inner.optimizer, "optimizer", inner.optimizer), Lamb):
+            base.attach(state.segments(inner))
         state.seed(inner, start)
 
 

@@ -77,20 +77,24 @@ class ModelSettings:
 class OptimizerSettings:
     """The `[optimizer]` table; the learning rate stands in the phases."""
 
-    name: Literal["adamw"] = "adamw"
-    """torch's fused AdamW."""
+    name: Literal["adamw", "lamb"] = "adamw"
+    """torch's fused AdamW, or a LAMB that knows ZeRO, for large batches."""
     betas: tuple[float, ...] = (0.9, 0.98)
     """Decay of the first and the second moment."""
     epsilon: float = 1e-6
     """Added to the root of the second moment."""
     weight_decay: float = 0.01
     """Of matrices; biases, LayerNorm and coefficients have none."""
+    trust: tuple[float, ...] = (0.0, 10.0)
+    """LAMB only: least and largest trust ratio of a matrix; other parameters have none."""
     clipping: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise SettingsError(f"betas = {self.betas}: need two numbers in [0, 1)")
+        if len(self.trust) != 2 or not 0 <= self.trust[0] < self.trust[1]:
+            raise SettingsError(f"trust = {self.trust}: need two numbers, 0 <= least < largest")
         for name in ("weight_decay", "clipping"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must not be negative")

@@ -72,8 +72,7 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
             if key in values:
                 raise SettingsError(
                     f"{where}: {key} = {values[key]!r} is owned by the experiment; remove it there and "
-                    f"set {owner} "
-                    f"in {experiment}"
+                    f"set {owner} in {experiment}"
                 )
     refuse_unknown(values, MECHANICS | set(OWNED), where=where)
     for path, value in _leaves(values, ""):
@@ -116,6 +115,8 @@ def close_traps(values: Mapping[str, Any]) -> dict[str, Any]:
     """Set what this project needs where the JSON is silent: no process-wide patch of F.linear, no chatter."""
     full = copy.deepcopy(dict(values))
     full.setdefault("steps_per_print", 10**9)
+    # DeepSpeed knows its own optimizers by their exact type; optim.Lamb is tested under every stage here.
+    full.setdefault("zero_allow_untested_optimizer", True)
     zero = full.setdefault("zero_optimization", {"stage": 0})
     # ZeRO-3 replaces torch.nn.functional.linear for the whole process otherwise, and never undoes it.
     zero.setdefault("memory_efficient_linear", False)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from earlybert import dist
+from earlybert.optim import Segment, Segments
 from earlybert.shrink import Piece
 
 MASTER = "master"
@@ -162,6 +163,19 @@ def gather(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
     return {name: part.view(shapes[name]).clone() for name, part in zip(wanted, whole, strict=True)}
 
 
+def segments(engine: Any) -> dict[torch.Tensor, Segments]:
+    """What lies in each flat tensor of this rank's optimizer; nothing where it works on whole parameters."""
+    layout = _layout(engine)
+    if layout.replicated:
+        return {}
+    fragments, table = layout.fragments(), {}
+    for owner, names in zip(layout.owners(), layout.names_of_owners(), strict=True):
+        found = [(index, fragments[name]) for index, name in enumerate(names)]
+        own = tuple(Segment(i, f.offset, f.master.numel()) for i, f in found if f is not None)
+        table[owner] = Segments(len(names), own)
+    return table
+
+
 def whole_parameters(state: State) -> Iterable[tuple[str, dict[str, torch.Tensor]]]:
     """Yield (name, {"master" | moment: whole tensor on the host}), one parameter at a time. Collective, to
     the end."""
@@ -198,6 +212,10 @@ class _Layout:
 
     def fragments(self) -> dict[str, _Fragment | None]:
         return {name: _Fragment(0, p.detach().view(-1), p, 0) for name, p in self.named.items()}
+
+    def names_of_owners(self) -> list[list[str]]:
+        """The parameters that each of `owners` holds over all ranks, in an order that the ranks share."""
+        raise NotImplementedError("only a sharded optimizer has flat tensors of several parameters")
 
     def publish(self) -> None:
         """Bring the masters to the parameters that the forward pass uses."""
@@ -243,6 +261,11 @@ class _Sharded(_Layout):
         flats = getattr(self.wrapper, "single_partition_of_fp32_groups", None)
         return list(self.wrapper.fp32_groups_flat_partition if flats is None else flats)
 
+    def names_of_owners(self) -> list[list[str]]:
+        names = {id(p): name for name, p in self.named.items()}
+        groups = getattr(self.wrapper, "bit16_groups", None) or self.wrapper.bf16_groups
+        return [[names[id(p)] for p in group] for group in groups]
+
     def fragments(self) -> dict[str, _Fragment | None]:
         flats = self.owners()
         found: dict[str, _Fragment | None] = {}
@@ -269,6 +292,13 @@ class _Stage3(_Layout):
 
     def owners(self) -> list[torch.Tensor]:
         return list(self.wrapper.fp32_partitioned_groups_flat)
+
+    def names_of_owners(self) -> list[list[str]]:
+        names: list[list[str]] = [[] for _ in self.owners()]
+        for name, parameter in self.named.items():
+            group, _, _ = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
+            names[group].append(name)
+        return names
 
     def fragments(self) -> dict[str, _Fragment | None]:
         found: dict[str, _Fragment | None] = {}

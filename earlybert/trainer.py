@@ -27,6 +27,7 @@ from earlybert.experiment import Experiment
 from earlybert.lifecycle import check_config
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.monitor import Monitor, duration, progress_line
+from earlybert.optim import Lamb
 from earlybert.schedule import At
 from earlybert.shards import Corpus, tokenizer_sha256
 
@@ -318,11 +319,12 @@ class _Trainer:
         )
 
     def _optimizer(self, groups: ParameterGroups) -> torch.optim.Optimizer:
-        """torch's own AdamW, fused: its bias correction is a function of the step count, so a resume is
-        exact."""
+        """Both correct their bias as a function of the step count, so a resume is exact."""
         settings = self.experiment.optimizer
-        betas = (settings.betas[0], settings.betas[1])
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.epsilon, fused=True)
+        betas, eps = (settings.betas[0], settings.betas[1]), settings.epsilon
+        if settings.name == "lamb":
+            return Lamb(groups, lr=0.0, betas=betas, eps=eps, trust=(settings.trust[0], settings.trust[1]))
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def _loader(self, at: At) -> Loader:
         samples = self.samples["train", at.settings.sequence_length]

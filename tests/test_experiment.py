@@ -64,6 +64,8 @@ def test_the_two_phase_recipe_is_that_of_the_field():
         ("ticket.neuron_ratio=0.97", "lower the ratio or ticket.minimum_neurons"),
         ("name=../x", "must be a plain folder name"),
         ("optimizer.betas=[0.9]", "need two numbers"),
+        ("optimizer.name=lion", "choose one of 'adamw', 'lamb'"),
+        ("optimizer.trust=[2.0, 1.0]", "0 <= least < largest"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(word, says):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"config", "dist", "shards", "mechanics"},
-    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket", "penalty"},
+    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket", "penalty", "optim"},
     2: {"shrink", "state", "experiment"},
     3: {"engine", "lifecycle", "checkpoint", "monitor", "run"},
     4: {"trainer"},

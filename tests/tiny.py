@@ -9,6 +9,7 @@ import torch
 from earlybert import dist, mechanics
 from earlybert.engine import EarlyBird, Engine, initialize, parameter_groups
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.optim import Lamb
 from earlybert.ticket import TicketSettings
 
 LENGTH, MICRO, ACCUMULATION = 12, 2, 2
@@ -79,6 +80,7 @@ def engine(
     model_config: Any = None,
     fp32_accumulation: bool = False,
     offload: bool = False,
+    lamb: bool = False,
 ) -> Engine:
     asked = mechanics_of(stage, precision)
     if fp32_accumulation:
@@ -91,7 +93,7 @@ def engine(
         model=seeded_model(model_config or config(), seed=7),
         config=values,
         early_bird=None if ticket is None else EarlyBird(settings=ticket, seed=7),
-        optimizer=adamw,
+        optimizer=(lambda groups: Lamb(groups, lr=RATE)) if lamb else adamw,
         weight_decay=DECAY,
     )
 

@@ -41,14 +41,14 @@ EXPERIMENT = {
 class Folder:
     """An experiment file, its DeepSpeed JSON and its corpus in a folder of the test's."""
 
-    def __init__(self, path: Path, *, stage: int, precision: str) -> None:
+    def __init__(self, path: Path, *, stage: int, precision: str, optimizer: str = "adamw") -> None:
         self.path = path
         write_corpus(path / "corpus", random_documents(60, longest=120))
         mechanics = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100000}}
         if precision != "fp32":
             mechanics[precision] = {"enabled": True}
         (path / "ds.json").write_text(json.dumps(mechanics))
-        values = {**EXPERIMENT, "runs": str(path / "runs")}
+        values = {**EXPERIMENT, "runs": str(path / "runs"), "optimizer": {"name": optimizer}}
         values["data"] = {**values["data"], "corpus": str(path / "corpus")}
         (path / "e.toml").write_text(to_toml(values))
 
@@ -103,11 +103,14 @@ def told(lines: list[dict]) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [(0, "bf16", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "bf16", "lamb")],
+)
 def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_the_last_bit(
-    tmp_path, stage, precision
+    tmp_path, stage, precision, optimizer
 ):
-    folder = Folder(tmp_path, stage=stage, precision=precision)
+    folder = Folder(tmp_path, stage=stage, precision=precision, optimizer=optimizer)
     assert folder.run("name=unbroken") == [0, 0], folder.log()
     unbroken = folder.metrics("unbroken")
     assert [line["step"] for line in unbroken] == list(range(17))
