@@ -6,6 +6,7 @@ model alive; `tear_down` removes each.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -22,10 +23,14 @@ from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordina
 from earlybert import mechanics
 from earlybert.config import SettingsError
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""malloc.h"""
+
 
 def start_ranks() -> None:
     """Join the process group of the launcher (deepspeed, torchrun), or make one of a single process.
     Collective."""
+    _keep_freed_memory()
     os.environ.setdefault("LOCAL_RANK", "0")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -42,6 +47,18 @@ def end_ranks() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks: a CPU step frees and asks for the same large tensors again and again.
+
+    By default each goes back to the system and comes as new pages (LOG.md has the times). Other C libraries
+    have no mallopt, or ignore it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not torch.cuda.is_available():
+        for parameter, value in ((_M_TRIM_THRESHOLD, 2**30), (_M_MMAP_THRESHOLD, 2**25)):
+            mallopt(ctypes.c_int(parameter), ctypes.c_int(value))
 
 
 def free_port() -> int:

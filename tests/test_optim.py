@@ -91,7 +91,7 @@ def train_under_each_stage():
     return {stage: train_with_lamb(stage) for stage in (0, 1, 2, 3)}
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_lamb_under_zero_equals_the_unsharded_one_for_twenty_steps(count):
     for distances in ranks.run("test_optim:train_under_each_stage", ranks=count):
         assert all(0 <= distance < 1e-6 for distance in distances.values()), distances

@@ -171,8 +171,6 @@ def small(tmp_path_factory):
         (["phases.0.batch=9"], "batch 9 is not a multiple of micro_batch 2 x 1 ranks = 2; use batch 8 or 10"),
         (["ticket.head_ratio=0.9"], "ticket.head_ratio = 0.9 would remove all 4 heads of layer 0"),
         (["data.corpus=nowhere"], "nowhere"),
-        (["deepspeed=nowhere.json"], "nowhere.json"),
-        (["phases.1.sequence_length=64"], "raise model.positions to 64"),
     ],
 )
 def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, words, says):
