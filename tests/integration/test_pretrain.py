@@ -17,6 +17,7 @@ from earlybert import checkpoint
 from earlybert.config import to_toml
 from earlybert.lifecycle import free_port
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+from ranks import Rank, launch
 
 ROOT = Path(__file__).parent.parent.parent
 PRETRAIN = ROOT / "scripts" / "pretrain.py"
@@ -52,25 +53,9 @@ class Folder:
         values["data"] = {**values["data"], "corpus": str(path / "corpus")}
         (path / "e.toml").write_text(to_toml(values))
 
-    def start(
-        self, *words: str, ranks: int = 2, script: Path = PRETRAIN, **environment: str
-    ) -> list[subprocess.Popen]:
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "DS_ACCELERATOR": "cpu",
-            **environment,
-        }
-        command = [sys.executable, str(script), str(self.path / "e.toml"), *words]
-        processes = []
-        for rank in range(ranks):
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = open(self.path / f"log-{rank}.txt", "ab")  # noqa: SIM115 - lives as long as the process
-            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
-        return processes
+    def start(self, *words: str, ranks: int = 2, script: Path = PRETRAIN, **environment: str) -> list[Rank]:
+        command = [str(self.path / "e.toml"), *words]
+        return launch(str(script), command, ranks=ranks, logs=self.path, **environment)
 
     def run(self, *words: str, **options) -> list[int]:
         return [process.wait(timeout=240) for process in self.start(*words, **options)]
@@ -92,7 +77,8 @@ class Folder:
         return [process.wait(timeout=120) for process in processes]
 
     def log(self) -> str:
-        return (self.path / "log-0.txt").read_text()[-5000:]
+        path = self.path / "log-0.txt"
+        return path.read_text() if path.exists() else ""
 
 
 def told(lines: list[dict]) -> list[tuple]:
@@ -174,12 +160,10 @@ def small(tmp_path_factory):
     ],
 )
 def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, words, says):
-    done = subprocess.run(
-        [sys.executable, PRETRAIN, small.path / "e.toml", "name=mistake", *words],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr and "Traceback" not in done.stderr
+    before = len(small.log())
+    assert small.run("name=mistake", *words, ranks=1) == [2], small.log()
+    told = small.log()[before:]
+    assert says in told and "Traceback" not in told
     assert not (small.path / "runs" / "mistake").exists()
 
 
@@ -214,11 +198,7 @@ def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(s
     folders = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
     assert folders == ["step-0000012", "step-0000016"], "the two newest, and nothing half-written"
 
-    done = subprocess.run(
-        [sys.executable, PRETRAIN, small.path / "e.toml", "name=launched", "seed=4"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 2 and "holds another experiment" in done.stderr, done.stderr
+    assert small.run("name=launched", "seed=4") == [2, 2] and "holds another experiment" in small.log()
 
     newest = run / "checkpoints" / "step-0000016"
     shard = next(newest.glob("*optim_states.pt"))
