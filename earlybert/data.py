@@ -190,9 +190,7 @@ class PackedSamples:
         manifest, settings = self.corpus.manifest, self.settings
         decides = {
             "recipe": _RECIPE,
-            "corpus": manifest.fingerprint,
-            "shards": [shard.sha256 for shard in manifest.shards],
-            "tokenizer": manifest.tokenizer_sha256,
+            "corpus": manifest.content,
             "split": self.split,
             "sequence_length": self.sequence_length,
             "seed": self.seed,

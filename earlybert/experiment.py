@@ -52,6 +52,8 @@ class ModelSettings:
                 f"hidden = {self.hidden} is not a multiple of heads = {self.heads}; "
                 f"use hidden {self.hidden // self.heads * self.heads or self.heads}"
             )
+        if self.neurons is not None and self.neurons < 1:
+            raise SettingsError(f"neurons = {self.neurons}: must be at least 1; leave it out for 4 * hidden")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must lie in [0, 1)")

@@ -64,6 +64,7 @@ def export(source: Source, *, to: Path, form: Form) -> float:
     Raises EarlyBertError, leaving nothing behind, where `to` is something else than an export or the logits
     differ by more than 1e-5 of their largest magnitude.
     """
+    to = to.resolve()  # "." and ".." have no name of their own
     if to.exists() and not (to / MARK).exists() and (not to.is_dir() or any(to.iterdir())):
         raise EarlyBertError(f"{to} exists and is not an export; choose another folder")
     hidden = to.with_name(f".{to.name}.partial")

@@ -17,14 +17,17 @@ from typing import Any
 import deepspeed
 import pydantic
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
 from earlybert import mechanics
-from earlybert.config import SettingsError
+from earlybert.config import EarlyBertError, SettingsError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """malloc.h"""
+_MANY_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Numbers of tasks as Slurm, Open MPI and MPICH give them; none of them sets RANK."""
 
 
 def start_ranks() -> None:
@@ -33,10 +36,19 @@ def start_ranks() -> None:
     _keep_freed_memory()
     os.environ.setdefault("LOCAL_RANK", "0")
     if "RANK" not in os.environ:
+        for many in _MANY_TASKS:
+            if int(os.environ.get(many) or 1) > 1:
+                raise EarlyBertError(
+                    f"{many} = {os.environ[many]}, but RANK is not set: each task would train by itself. "
+                    "Start with the deepspeed launcher or torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, "
+                    "MASTER_ADDR and MASTER_PORT for each task"
+                )
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's to mend, and said once a process and collective.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
+    # Before any collective: NCCL takes the process' current device, which is the first one on every rank.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
 
 

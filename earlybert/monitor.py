@@ -27,7 +27,8 @@ class Monitor:
         cut_metrics(self._metrics_path, last_step=resume_step)
         self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._log = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        purge = None if resume_step is None else resume_step + 1
+        # Step 0 too: a start before the first checkpoint repeats what an earlier one has drawn.
+        purge = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def say(self, text: str) -> None:

@@ -1,20 +1,24 @@
 """The run folder: what stands in it before the first step, and the refusal of a folder that holds something
-else.
+else or is in use.
 
 `experiment.toml`, `deepspeed.json` and `environment.json` say what ran. A start is refused where the folder
 belongs to another experiment or another corpus; settings that only watch a run (logging, evaluation,
-checkpoints) may change.
+checkpoints) may change. Rank 0 holds a lock on the folder for as long as its process lives.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -22,42 +26,113 @@ from earlybert import dist
 from earlybert.config import EarlyBertError, SettingsError, as_dict, to_toml, write_atomically
 from earlybert.experiment import Experiment
 
+_LOCK = ".lock"
+_STOP = "stop"
 
-def claim(experiment: Experiment, mechanics: dict[str, Any], *, corpus: str, where: str) -> Path:
-    """Make or re-enter the run folder and return it. Collective.
 
-    `corpus`: fingerprint of the corpus; `where`: the experiment file's name for messages. Raises
+class Claim:
+    """A run folder that this run alone writes, until `release` or the end of rank 0's process."""
+
+    def __init__(self, folder: Path, lock: IO[str] | None) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    def stop_asked(self) -> bool:
+        """True where the file `stop` lies in the folder; asked on rank 0, it goes away. Others: False."""
+        if self._lock is None:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / _STOP).unlink()
+            return True
+        return False
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def claim(experiment: Experiment, *, corpus: str, where: str) -> Claim:
+    """Make or re-enter the run folder and lock it on rank 0. Collective.
+
+    `corpus`: hash of the corpus' content; `where`: the experiment file's name for messages. Raises
     EarlyBertError on every rank where the folder holds another experiment, another corpus or something that
-    is not a run.
+    is not a run, or where another process writes it. Nothing in it is changed: `describe` does that.
     """
-    problem = _problem(experiment, corpus=corpus, where=where) if dist.rank() == 0 else None
+    lock: IO[str] | None = None
+    problem: str | None = None
+    if dist.rank() == 0:
+        problem = _problem(experiment, corpus=corpus, where=where)
+        if problem is None:
+            lock, problem = _lock(experiment.folder)
     problem = dist.from_rank_0(problem)
     if problem is not None:
         raise EarlyBertError(problem)
-    if dist.rank() == 0:
-        _describe(experiment, mechanics, corpus=corpus)
-    return experiment.folder
+    return Claim(experiment.folder, lock)
+
+
+def describe(experiment: Experiment, mechanics: dict[str, Any], *, corpus: str) -> None:
+    """Write what runs into the run folder; on rank 0, when nothing can be refused any more."""
+    folder = experiment.folder
+    environment = {
+        "experiment": experiment.fingerprint,
+        "corpus": corpus,
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "world_size": dist.world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    # First: a folder without it is not taken for a run.
+    write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_atomically(folder / "experiment.toml", to_toml(as_dict(experiment)))
+    write_atomically(folder / "deepspeed.json", json.dumps(mechanics, indent=2) + "\n")
 
 
 def check_cores() -> None:
-    """Raise SettingsError where CPU processes outnumber the cores; give each process its share of threads."""
+    """Raise SettingsError where CPU processes outnumber their cores; give each its share of threads.
+    Collective."""
+    own = (socket.gethostname(), os.sched_getaffinity(0))
+    ranks = dist.gather_objects(own)
     if torch.cuda.is_available():
         return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.world_size())
-    cores = len(os.sched_getaffinity(0))
-    if local > cores:
+    torch.set_num_threads(threads([cores for host, cores in ranks if host == own[0]], own[1]))
+
+
+def threads(bound: Sequence[set[int]], own: set[int]) -> int:
+    """Threads for a process bound to the cores `own`, one of those on its machine with the cores `bound`."""
+    union = set[int]().union(*bound)
+    if len(bound) > len(union):
         raise SettingsError(
-            f"{local} processes on {cores} CPU cores would wait for each other; start at most {cores} "
-            f"(deepspeed --num_accelerators {cores})"
+            f"{len(bound)} processes on {len(union)} CPU cores would wait for each other; start at most "
+            f"{len(union)} (deepspeed --num_accelerators {len(union)})"
         )
-    torch.set_num_threads(max(1, cores // local))
+    return max(1, len(own) // sum(bool(own & cores) for cores in bound))
+
+
+def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
+    """The open lock of a folder, or why it cannot be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the lock is held
+    try:
+        # Not flock: a worker process that outlives a killed rank would hold on to it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        return None, f"{folder} is being written by {holder}; stop that run first, or choose another name="
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file, None
 
 
 def _problem(experiment: Experiment, *, corpus: str, where: str) -> str | None:
     folder = experiment.folder
     stamp = folder / "environment.json"
     if not stamp.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
             return f"{folder} exists and is not a run folder; choose another name or remove it"
         return None
     try:
@@ -75,24 +150,6 @@ def _problem(experiment: Experiment, *, corpus: str, where: str) -> str | None:
             f"give this run another name, such as name={experiment.name}-2"
         )
     return None
-
-
-def _describe(experiment: Experiment, mechanics: dict[str, Any], *, corpus: str) -> None:
-    folder = experiment.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "experiment.toml", to_toml(as_dict(experiment)))
-    write_atomically(folder / "deepspeed.json", json.dumps(mechanics, indent=2) + "\n")
-    environment = {
-        "experiment": experiment.fingerprint,
-        "corpus": corpus,
-        "command": sys.argv,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "world_size": dist.world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _git_commit() -> str | None:

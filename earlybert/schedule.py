@@ -33,7 +33,7 @@ class PhaseSettings:
     power: float = 0.5
     """Exponent of the polynomial decay (0.5 in the LAMB recipe of docs/method.md section 3)."""
     end_learning_rate: float = 0.0
-    """Rate at the phase's last step."""
+    """Rate towards which the decay falls; it would be reached one step after the phase's last."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch"):

@@ -66,6 +66,15 @@ class Manifest:
     """What went in and what was dropped, in any form that JSON takes."""
     version: int = FORMAT_VERSION
 
+    @property
+    def content(self) -> str:
+        """sha256 of what is in the corpus: its shards' and its tokenizer's checksums, in order.
+
+        `fingerprint` says how a corpus was asked for; two texts under one path have the same.
+        """
+        parts = [shard.sha256 for shard in self.shards] + [self.tokenizer_sha256]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
 
 def shard_name(index: int, *, of: int) -> str:
     """Name shard `index` of `of`."""

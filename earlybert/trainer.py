@@ -114,8 +114,9 @@ class _Trainer:
             for split in ("train", "held_out")
             for length in sorted({phase.sequence_length for phase in experiment.phases})
         }
-        corpus = self.corpus.manifest.fingerprint
-        self.folder = run.claim(experiment, mechanics_values, corpus=corpus, where=where)
+        corpus = self.corpus.manifest.content
+        self.claim = run.claim(experiment, corpus=corpus, where=where)
+        self.folder = self.claim.folder
         self.found = checkpoint.newest_good(self.folder / "checkpoints")
         if self.found is not None:
             manifest = self.found.manifest
@@ -125,7 +126,11 @@ class _Trainer:
                     "its own"
                 )
             checkpoint.same_layout(manifest, stage=self.stage, precision=self.precision)
+        if dist.rank() == 0:
+            run.describe(experiment, mechanics_values, corpus=corpus)
         self.step = 0 if self.found is None else self.found.manifest.step
+        self.saved = self.step
+        """Step of the newest checkpoint."""
         self.phase = self._at(self.step).phase
         self.engine = self._start_engine()
 
@@ -155,6 +160,7 @@ class _Trainer:
     def close(self) -> None:
         if self.monitor is not None:
             self.monitor.close()
+        self.claim.release()
 
     # --- the loop ---
 
@@ -198,13 +204,15 @@ class _Trainer:
             )
             del output  # it refers to the engine, which a draw in `step` must be able to free
             engine.step()
-        sums[3] = float(self.stop_requested)
+        sums[3] = float(self.stop_requested or self.claim.stop_asked())
         loss, correct, counted, stop = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
         self.step += 1
         if not math.isfinite(loss):
             raise EarlyBertError(
-                f"the loss became {loss} at step {self.step}; lower phases.learning_rate or use bf16 "
-                "instead of fp16, and start again: the run goes on from its last checkpoint"
+                f"the loss became {loss} at step {self.step} (learning rate {at.learning_rate:g}, gradient "
+                f"norm {engine.grad_norm}); nothing was saved after step "
+                f"{self.saved}. Start again under another name= with a lower "
+                "phases.learning_rate, a longer warmup, or bf16 instead of fp16"
             )
         open_line, micros = self.memory.sums, accumulation * dist.world_size()
         seconds = time.perf_counter() - began
@@ -231,11 +239,11 @@ class _Trainer:
 
     def _evaluate(self) -> float:
         """Held-out loss, the mean over all masked positions of all ranks. Collective."""
-        at = self._at(min(self.step, self.total - 1))
-        samples = self.samples["held_out", at.settings.sequence_length]
+        phase = self.experiment.phases[self.phase]  # at its last step the schedule already names the next
+        samples = self.samples["held_out", phase.sequence_length]
         batches = held_out_batches(
             samples,
-            micro_batch=at.settings.micro_batch,
+            micro_batch=phase.micro_batch,
             rank=dist.rank(),
             world_size=dist.world_size(),
             limit=self.experiment.evaluate.samples,
@@ -263,12 +271,13 @@ class _Trainer:
             self.folder / "checkpoints",
             step=self.step,
             experiment=self.experiment.fingerprint,
-            corpus=self.corpus.manifest.fingerprint,
+            corpus=self.corpus.manifest.content,
             stage=self.stage,
             precision=self.precision,
             trainer=asdict(self.memory),
             keep=self.experiment.checkpoint.keep,
         )
+        self.saved = self.step
 
     # --- start ---
 

@@ -42,9 +42,11 @@ def main() -> int:
         if "eval_loss" in values:
             losses[values["step"]] = values["eval_loss"]
     drawn = Ticket.load(run / "ticket.json").step if (run / "ticket.json").is_file() else None
+    if not losses:
+        raise EarlyBertError(f"{run}: metrics.jsonl has no held-out loss yet; wait for the first evaluation")
     named = {min(losses): "start", drawn: "draw", max(losses): "end"}
     for step, name in named.items():
-        if step is not None:
+        if step in losses:
             print(f"held-out loss at the {name:<5} (step {step:>5,}): {losses[step]:.4f}")
     for prompt, word, guesses in _filled(
         read_toml(run / "experiment.toml"), arguments.model, count=arguments.count

@@ -8,7 +8,7 @@ import pytest
 
 import ranks
 from earlybert import dist, lifecycle
-from earlybert.config import SettingsError
+from earlybert.config import EarlyBertError, SettingsError
 
 
 def leave():
@@ -32,6 +32,29 @@ def test_without_a_launcher_there_is_one_rank_and_the_process_ends_cleanly():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "True 0 1"
+
+
+@pytest.mark.parametrize("tasks", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_do_not_know_their_rank_are_refused(monkeypatch, tasks):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(tasks, "2")
+    with pytest.raises(EarlyBertError, match=f"{tasks} = 2, but RANK is not set"):
+        lifecycle.start_ranks()
+
+
+def test_each_rank_takes_its_own_device_before_the_first_collective(monkeypatch):
+    done = []
+
+    class Accelerator:
+        def set_device(self, index):
+            done.append(("device", index))
+
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(lifecycle, "get_accelerator", Accelerator)
+    monkeypatch.setattr(lifecycle.deepspeed, "init_distributed", lambda **_: done.append("group"))
+    lifecycle.start_ranks()
+    assert done == [("device", 1), "group"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run shows: metrics that a resume can cut, lines of fixed columns."""
 
 import json
+import time
 
 import pytest
 
@@ -29,6 +30,19 @@ def test_a_start_without_a_checkpoint_starts_the_metrics_anew(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     cut_metrics(tmp_path / "metrics.jsonl", last_step=None)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_start_anew_hides_what_a_start_before_it_had_drawn(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for loss in (1.0, 2.0):  # the first died before its first checkpoint
+        monitor = Monitor(tmp_path, resume_step=None)
+        for step in range(0, 6 if loss == 1.0 else 3):
+            monitor.record({"step": step, "loss": loss})
+        monitor.close()
+        time.sleep(1.1)  # the files' names have seconds
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
 def test_floats_are_written_to_the_last_bit(tmp_path):

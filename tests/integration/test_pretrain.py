@@ -3,12 +3,14 @@ unbroken run."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -68,10 +70,7 @@ class Folder:
     def stop_at(self, name: str, step: int, sent: signal.Signals) -> list[int]:
         """Start, wait for a step, send every rank the signal, and return the exit codes."""
         processes = self.start(f"name={name}")
-        deadline = time.monotonic() + 120
-        while not any(line["step"] >= step for line in self.metrics(name)):
-            assert time.monotonic() < deadline and all(p.poll() is None for p in processes), self.log()
-            time.sleep(0.01)
+        wait_for_step(self, name, step, lambda: all(p.poll() is None for p in processes))
         for process in processes:
             process.send_signal(sent)
         return [process.wait(timeout=120) for process in processes]
@@ -145,6 +144,46 @@ def assert_zero_to_fp32_gives_the_shrunken_weights(checkpoints: Path, to: Path) 
     assert probe != [0.0] * 8
 
 
+def test_a_run_stops_through_the_launcher_or_by_a_file_and_its_folder_is_its_own(small):
+    """SIGTERM to the launcher reaches the ranks, who have 30 seconds; the file `stop` needs no signal."""
+    endless = ["phases.0.steps=5000", "checkpoint.every=5000"]
+    launcher = start_launcher(small.path / "e.toml", "name=endless", *endless)
+    wait_for_step(small, "endless", 8, lambda: launcher.poll() is None)
+    assert small.run("name=endless", *endless) == [2, 2]
+    assert "endless is being written by process" in small.log(), small.log()
+    for process in psutil.Process(launcher.pid).children():
+        process.terminate()  # launch.py, which the node's ranks are children of
+    said = launcher.communicate(timeout=60)[0]
+    stopped = json.loads((small.path / "runs" / "endless" / "metrics.jsonl").read_text().splitlines()[-1])
+    found = checkpoint.newest_good(small.path / "runs" / "endless" / "checkpoints")
+    assert found is not None and found.manifest.step == stopped["step"], said
+    assert "stopped at step" in said and launcher.returncode == 1, "the launcher has a status of its own"
+
+    processes = small.start("name=endless", *endless)
+    wait_for_step(small, "endless", stopped["step"] + 3, lambda: all(p.poll() is None for p in processes))
+    (small.path / "runs" / "endless" / "stop").touch()
+    assert [process.wait(timeout=60) for process in processes] == [143, 143], small.log()
+    assert not (small.path / "runs" / "endless" / "stop").exists()
+
+
+def wait_for_step(folder: Folder, name: str, step: int, alive) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in folder.metrics(name)):
+        assert time.monotonic() < deadline and alive(), folder.log()
+        time.sleep(0.02)
+
+
+def start_launcher(*arguments: object) -> subprocess.Popen:
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{scripts}:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [scripts / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    return subprocess.Popen(
+        [*map(str, [*command, PRETRAIN, *arguments])],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return Folder(tmp_path_factory.mktemp("small"), stage=2, precision="bf16")
@@ -168,22 +207,9 @@ def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, wo
 
 
 def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(small):
-    command = [
-        Path(sys.executable).parent / "deepspeed",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    command += [PRETRAIN, small.path / "e.toml", "name=launched"]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launcher = start_launcher(small.path / "e.toml", "name=launched")
+    said = launcher.communicate(timeout=240)[0]
+    assert launcher.returncode == 0, said
     run = small.path / "runs" / "launched"
     names = {
         "experiment.toml",
@@ -230,5 +256,29 @@ def test_a_changed_byte_of_a_shard_is_noticed_before_anything_starts(tmp_path):
 
 
 def test_more_processes_than_cores_are_refused(small):
-    codes = small.run("name=crowded", LOCAL_WORLD_SIZE=str(len(os.sched_getaffinity(0)) + 1))
-    assert codes == [2, 2] and "CPU cores" in small.log() and not (small.path / "runs" / "crowded").exists()
+    many = len(os.sched_getaffinity(0)) + 1
+    assert small.run("name=crowded", ranks=many) == [2] * many
+    assert "CPU cores" in small.log() and not (small.path / "runs" / "crowded").exists()
+
+
+def test_another_text_at_the_same_path_is_refused(tmp_path):
+    folder = Folder(tmp_path, stage=2, precision="bf16")
+    short = ["phases.0.steps=6", "phases.1.steps=1"]
+    assert folder.run("name=a", *short) == [0, 0], folder.log()
+    before = {p: p.read_bytes() for p in (tmp_path / "runs" / "a").iterdir() if p.is_file()}
+    shutil.rmtree(tmp_path / "corpus")
+    write_corpus(tmp_path / "corpus", random_documents(61, longest=120))
+    assert folder.run("name=a", *short) == [2, 2]
+    assert "was trained on another corpus" in folder.log()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "runs" / "a").iterdir() if p.is_file()}
+
+
+def test_the_evaluation_at_a_phases_last_step_is_of_that_phase(small):
+    """So it does not depend on the phase that comes next."""
+    losses = []
+    for length in (16, 32):
+        name = f"name=next-{length}"
+        words = ["evaluate.every=6", "phases.0.steps=6", "phases.1.steps=1"]
+        assert small.run(name, f"phases.1.sequence_length={length}", *words) == [0, 0], small.log()
+        losses.append([m["eval_loss"] for m in small.metrics(f"next-{length}") if m["step"] == 6])
+    assert losses[0] == losses[1] and len(losses[0]) == 1
