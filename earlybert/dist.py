@@ -55,6 +55,20 @@ def gather_pieces(piece: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]
     return [buffer[:length] for buffer, length in zip(gathered, lengths, strict=True)]
 
 
+def exchange(sent: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
+    """Send the 1-D `sent[r]` to rank r and return what each rank sent here, `lengths[r]` elements of rank r.
+
+    Collective. Bit-exact; memory is that of what is sent and of what comes.
+    """
+    if world_size() == 1:
+        return sent
+    device = collective_device()
+    outgoing = torch.cat(sent).to(device)
+    arrived = outgoing.new_empty(sum(lengths))
+    torch_dist.all_to_all_single(arrived, outgoing, lengths, [part.numel() for part in sent])
+    return list(arrived.split(lengths))
+
+
 def gather_objects(value: T) -> list[T]:
     """Return every rank's `value` (anything that pickles), in the order of ranks. Collective."""
     if world_size() == 1:

@@ -2,9 +2,9 @@
 into one.
 
 It is the currency of every change of shape. Each rank holds, of each parameter, one contiguous piece of its
-flattened elements (`Piece`); together the ranks hold each element exactly once. Reading takes no
-communication: a rank copies what it owns. Seeding gathers one parameter at a time, so never more than one
-whole parameter is in flight.
+flattened elements (`Piece`); together the ranks hold each element exactly once. To read, a rank copies what
+it owns; only counters travel. To seed, each element travels from the rank that read it to those that own it
+now, a chunk of at most `CHUNK` elements at a time: no rank ever holds a whole parameter for it.
 
 Where DeepSpeed keeps things differs by the class of its optimizer wrapper (`_Layout` below):
 
@@ -35,6 +35,8 @@ from earlybert.shrink import Piece
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CHUNK = 2**22
+"""Elements of all parameters that one exchange of a seed moves, over all ranks."""
 
 
 @dataclass
@@ -121,9 +123,7 @@ def seed(engine: Any, state: State) -> None:
     """
     layout = _layout(engine)
     assert _shapes(engine.module) == state.shapes, "the state and the module differ in names or shapes"
-    bounds = _bounds(state)
     layout.states.clear()
-    device = dist.collective_device()
     fragments = layout.fragments()
     if state.step is not None:
         for owner in layout.owners():
@@ -131,13 +131,15 @@ def seed(engine: Any, state: State) -> None:
                 "step": _fresh_step(layout.optimizer, owner, state.step),
                 **{key: torch.zeros_like(owner.detach()) for key in MOMENTS},
             }
-    for name in state.shapes:
+    have = _bounds(state)
+    want = _interchange([(f.start, f.master.numel()) if f else (0, 0) for f in fragments.values()], fragments)
+    for chunk in _chunks(state.shapes):
         for key in state.keys:
-            whole = _whole(state.pieces[name][key], bounds[name], device=device)  # collective
-            fragment = fragments[name]
-            if fragment is not None:
+            for name, start, values in _moved(state, key, chunk, have=have, want=want):  # collective
+                fragment = fragments[name]
+                assert fragment is not None
                 target = fragment.master if key == MASTER else fragment.moment(layout.states, key)
-                target.detach().copy_(whole.narrow(0, fragment.start, target.numel()))
+                target.detach().narrow(0, start - fragment.start, values.numel()).copy_(values)
     layout.publish()
     _write_counters(engine, state.counters)
 
@@ -393,8 +395,66 @@ def _keep_share(state: State) -> None:
 def _bounds(state: State) -> dict[str, list[tuple[int, int]]]:
     """(start, length) of every rank's piece of every parameter. Collective (one exchange)."""
     own = [(held[MASTER].start, held[MASTER].values.numel()) for held in state.pieces.values()]
+    return _interchange(own, state.pieces)
+
+
+def _interchange(own: list[tuple[int, int]], names: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
+    """{name: every rank's entry}, each rank giving one entry a name. Collective (one exchange)."""
     ranks: Sequence[list[tuple[int, int]]] = dist.gather_objects(own)
-    return {name: [pieces[i] for pieces in ranks] for i, name in enumerate(state.pieces)}
+    return {name: [entries[i] for entries in ranks] for i, name in enumerate(names)}
+
+
+def _chunks(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[list[tuple[str, int, int]]]:
+    """All elements of all parameters in order, as lists of (name, first, end) of `CHUNK` elements."""
+    chunk, room = [], CHUNK
+    for name, shape in shapes.items():
+        first, size = 0, math.prod(shape)
+        while first < size:
+            last = min(size, first + room)
+            chunk.append((name, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield chunk
+                chunk, room = [], CHUNK
+    if chunk:
+        yield chunk
+
+
+def _moved(
+    state: State,
+    key: str,
+    chunk: Sequence[tuple[str, int, int]],
+    *,
+    have: Mapping[str, Sequence[tuple[int, int]]],
+    want: Mapping[str, Sequence[tuple[int, int]]],
+) -> Iterable[tuple[str, int, torch.Tensor]]:
+    """Yield (name, first element, values) of what this rank wants of a chunk, from the ranks that have it.
+
+    `have` and `want`: (start, length) of each rank's part of each parameter. Collective.
+    """
+    me, ranks = dist.rank(), range(dist.world_size())
+
+    def overlaps(source: int, target: int) -> Iterable[tuple[str, int, int]]:
+        for name, first, last in chunk:
+            (start, length), (wanted, count) = have[name][source], want[name][target]
+            low, high = max(first, start, wanted), min(last, start + length, wanted + count)
+            if low < high:
+                yield name, low, high
+
+    def own(name: str, low: int, high: int) -> torch.Tensor:
+        piece = state.pieces[name][key]
+        return piece.values[low - piece.start : high - piece.start]
+
+    nothing = torch.empty(0)
+    sent = [torch.cat([own(*part) for part in overlaps(me, rank)] or [nothing]) for rank in ranks]
+    coming = [list(overlaps(rank, me)) for rank in ranks]
+    arrived = dist.exchange(sent, [sum(high - low for _, low, high in parts) for parts in coming])
+    for parts, values in zip(coming, arrived, strict=True):
+        at = 0
+        for name, low, high in parts:
+            yield name, low, values[at : at + high - low]
+            at += high - low
 
 
 def _whole(piece: Piece, bounds: Sequence[tuple[int, int]], *, device: torch.device) -> torch.Tensor:
