@@ -27,7 +27,7 @@ import torch
 
 from earlybert import dist, mechanics, state
 from earlybert.config import SettingsError
-from earlybert.lifecycle import tear_down
+from earlybert.lifecycle import empty_module, tear_down
 from earlybert.model import initial_value
 from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, penalise
@@ -137,7 +137,8 @@ def parameter_groups(module: torch.nn.Module, *, weight_decay: float) -> Paramet
         {"name": "coefficients", "params": [], "weight_decay": 0.0, "trust_ratio": False},
     ]
     for name, parameter in module.named_parameters():
-        which = 2 if name.endswith(".coefficients") else 0 if parameter.ndim > 1 else 1
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # sharded, it has none of its own
+        which = 2 if name.endswith(".coefficients") else 0 if len(shape) > 1 else 1
         groups[which]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
@@ -371,8 +372,7 @@ class Engine:
 
     def _build(self, config: Any) -> torch.nn.Module:
         """A fresh module of this shape; its values do not matter, the state comes from `seed`."""
-        with torch.random.fork_rng():
-            return self.model_class(config)
+        return empty_module(lambda: self.model_class(config), config=self._config)
 
     def _open(self, module: torch.nn.Module, start: state.State) -> None:
         """Initialise a DeepSpeed engine around `module` and seed it."""

@@ -6,12 +6,13 @@ model alive; `tear_down` removes each.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -86,6 +87,51 @@ def check_config(values: Mapping[str, Any], *, where: str) -> None:
         DeepSpeedConfig(mechanics.close_traps(values))
     except (pydantic.ValidationError, AssertionError, ValueError) as error:
         raise SettingsError(f"{where}: DeepSpeed refuses it: {error}") from error
+
+
+def empty_module(build: Callable[[], torch.nn.Module], *, config: Mapping[str, Any]) -> torch.nn.Module:
+    """What `build` returns, without its values: parameters are zeros, under ZeRO-3 sharded one by one.
+
+    For a state to be seeded into. No time goes into initial values, and under ZeRO-3 no rank ever holds more
+    than one whole parameter of it. Buffers keep their values. Collective under ZeRO-3.
+    """
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+        module = build()
+    sharded, kind = mechanics.stage_of(config) == 3, torch.float32
+    if sharded:
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mechanics.precision_of(config), kind)
+        partition = deepspeed.zero.Init(config_dict_or_path=mechanics.close_traps(config), dtype=kind)
+    made: dict[int, torch.nn.Parameter] = {}  # tied parameters stay one
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    value = torch.zeros(parameter.shape, dtype=kind)
+                    real = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+                    if sharded:
+                        real.data = real.data.to(partition.local_device)
+                        partition._convert_to_deepspeed_param(real)
+                        real.partition()  # type: ignore[attr-defined] # DeepSpeed's
+                    made[id(parameter)] = real
+                owner._parameters[name] = made[id(parameter)]
+    return module
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that modules register meanwhile have shapes and no values."""
+    register = torch.nn.Module.register_parameter
+
+    def without_values(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    torch.nn.Module.register_parameter = without_values  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def tear_down(inner: Any) -> None:
