@@ -105,10 +105,28 @@ def cut_piece(piece: Piece, shape: Sequence[int], by: Cut | None) -> Piece:
     parameter."""
     if by is None:
         return piece
+    columns, kept = (shape[1] if len(shape) == 2 else 1), by.kept.to(piece.values.device)
     start, stop = piece.start, piece.start + piece.values.numel()
-    old = _surviving(shape, by)
-    first, last = (int(torch.searchsorted(old, edge)) for edge in (start, stop))
-    return Piece(first, piece.values[(old[first:last] - start).to(piece.values.device)])
+    # A part of a row, whole rows, a part of a row: so no index is longer than a dimension.
+    edges = sorted(
+        {start, min(stop, -(-start // columns) * columns), max(start, stop // columns * columns), stop}
+    )
+    parts = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        row, column = divmod(low, columns)
+        block = piece.values[low - start : high - start].view(-1, min(high - low, columns))
+        if by.dim == 0:
+            parts.append(block.index_select(0, _within(kept, row, block.shape[0])).flatten())
+        else:
+            parts.append(block.index_select(1, _within(kept, column, block.shape[1])).flatten())
+    row, column = divmod(start, columns)
+    if by.dim == 0:
+        above = int(torch.searchsorted(kept, row))
+        partly = column if above < kept.numel() and kept[above] == row else 0
+        first = above * columns + partly
+    else:
+        first = row * kept.numel() + int(torch.searchsorted(kept, column))
+    return Piece(first, torch.cat(parts) if parts else piece.values)
 
 
 def spread(vector: torch.Tensor, shape: Sequence[int], piece: Piece) -> torch.Tensor:
@@ -118,9 +136,9 @@ def spread(vector: torch.Tensor, shape: Sequence[int], piece: Piece) -> torch.Te
     `vector` [units] is repeated over the columns of each unit: columns / units is the head size, or 1 for
     neurons.
     """
-    columns = shape[1]
-    position = torch.arange(piece.start, piece.start + piece.values.numel(), device=piece.values.device)
-    return vector.to(piece.values.device)[position % columns // (columns // vector.numel())]
+    columns, count = shape[1], piece.values.numel()
+    row = vector.to(piece.values.device).repeat_interleave(columns // vector.numel())
+    return row.roll(-piece.start % columns).repeat(-(-count // columns))[:count]
 
 
 def fold_map(layers: Sequence[Layer], coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -158,11 +176,7 @@ def shrunken(config: Any, ticket: Ticket, *, coefficients: str) -> Any:
     return type(config).from_dict(values)
 
 
-def _surviving(shape: Sequence[int], by: Cut) -> torch.Tensor:
-    """Flat indices, in the large parameter, of the elements that stay, ascending."""
-    if len(shape) == 1:
-        return by.kept
-    rows, columns = shape
-    if by.dim == 0:
-        return (by.kept[:, None] * columns + torch.arange(columns)).flatten()
-    return (torch.arange(rows)[:, None] * columns + by.kept).flatten()
+def _within(kept: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Those of `kept` in `[first, first + count)`, counted from `first`."""
+    low, high = (int(torch.searchsorted(kept, edge)) for edge in (first, first + count))
+    return kept[low:high] - first

@@ -26,19 +26,20 @@ class PeakBytes(TorchDispatchMode):
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._count((args, kwargs), made=False)  # what was there before is not counted, nor are views of it
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+        self._count(result, made=True)
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._seen:
-            self._seen[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key)
+    def _count(self, values, *, made: bool) -> None:
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._seen:
+                    size = self._seen[storage._cdata] = storage.nbytes() if made else 0
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata)
 
     def _gone(self, key: int) -> None:
         self.now -= self._seen.pop(key, 0)

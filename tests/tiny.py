@@ -81,8 +81,10 @@ def engine(
     fp32_accumulation: bool = False,
     offload: bool = False,
     lamb: bool = False,
+    bucket: int = 10**6,
 ) -> Engine:
     asked = mechanics_of(stage, precision)
+    asked["zero_optimization"]["reduce_bucket_size"] = bucket
     if fp32_accumulation:
         asked["data_types"] = {"grad_accum_dtype": "fp32"}
     if offload:
