@@ -11,6 +11,7 @@ attention's output projection. Neuron j owns row j of the first FFN matrix and c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,11 +109,10 @@ def cut_piece(piece: Piece, shape: Sequence[int], by: Cut | None) -> Piece:
     columns, kept = (shape[1] if len(shape) == 2 else 1), by.kept.to(piece.values.device)
     start, stop = piece.start, piece.start + piece.values.numel()
     # A part of a row, whole rows, a part of a row: so no index is longer than a dimension.
-    edges = sorted(
-        {start, min(stop, -(-start // columns) * columns), max(start, stop // columns * columns), stop}
-    )
+    rows_begin, rows_end = -(-start // columns) * columns, stop // columns * columns
+    edges = sorted({start, min(stop, rows_begin), max(start, rows_end), stop})
     parts = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         row, column = divmod(low, columns)
         block = piece.values[low - start : high - start].view(-1, min(high - low, columns))
         if by.dim == 0:
