@@ -26,6 +26,7 @@ import pydantic
 import torch
 
 from earlybert import dist, mechanics, state
+from earlybert.adapters import adapter_of
 from earlybert.config import SettingsError
 from earlybert.lifecycle import empty_module, tear_down
 from earlybert.model import initial_value
@@ -33,7 +34,6 @@ from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, penalise
 from earlybert.shrink import (
     Piece,
-    bert_layers,
     compose,
     cut,
     cut_piece,
@@ -41,7 +41,6 @@ from earlybert.shrink import (
     fold_map,
     folded,
     index_map,
-    shrunken,
     spread,
 )
 from earlybert.ticket import Kept, Search, Ticket, TicketSettings, draw
@@ -163,7 +162,6 @@ class Engine:
         self._factory = optimizer
         self._weight_decay = weight_decay
         self.progress = progress
-        self.model_class = type(model)
         self.draw_seconds: dict[str, float] = {}
         """Parts of the last draw's pause."""
         self.grad_norm: float | None = None
@@ -171,13 +169,12 @@ class Engine:
         fp32)."""
         self._loss_scale = LossScale()
         self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-        if bird is not None and self.searching and getattr(model.config, "coefficients", "none") == "none":
-            raise SettingsError(
-                'the ticket is to be searched, but the model\'s config has coefficients = "none"; use "train"'
-            )
+        self.adapter = adapter_of(model)
         if bird is not None and self.searching:
-            shape: Any = model.config
-            bird.settings.check_shape(shape.heads_per_layer, shape.neurons_per_layer)
+            model = self.adapter.searchable(model)
+            if not self.progress.tickets:
+                shape = self.adapter.shape(model)
+                bird.settings.check_shape(shape.heads, shape.neurons)
         self._open(model, state.from_module(model))
 
     # --- DeepSpeed's interface ---
@@ -239,7 +236,7 @@ class Engine:
 
     def coefficients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """fp32 masters of the heads' and the neurons' coefficients, one 1-D tensor a layer. Collective."""
-        layers = bert_layers(len(self.module.config.heads_per_layer))
+        layers = self.adapter.layers(self.module.config)
         heads, neurons = [x.head_coefficients for x in layers], [x.neuron_coefficients for x in layers]
         values = state.gather(self.inner, heads + neurons)
         return [values[name] for name in heads], [values[name] for name in neurons]
@@ -315,7 +312,14 @@ class Engine:
             heads=ticket.heads if before.heads is None else compose(before.heads, ticket.heads),
             neurons=ticket.neurons if before.neurons is None else compose(before.neurons, ticket.neurons),
         )
-        module = self._build(shrunken(config, ticket, coefficients=mode))
+        module = self._build(
+            self.adapter.reshaped(
+                config,
+                heads=[len(kept_heads) for kept_heads in ticket.heads],
+                neurons=[len(kept_neurons) for kept_neurons in ticket.neurons],
+                coefficients=mode,
+            )
+        )
         clock.lap("build")
         if settings.start == "rewind":
             self._rewind(kept, module.config)
@@ -332,10 +336,17 @@ class Engine:
         say so."""
         assert self._bird is not None
         settings, config = self._bird.settings, self.module.config
-        layers = bert_layers(len(ticket.heads))
+        layers = self.adapter.layers(config)
         names = [x.head_coefficients for x in layers] + [x.neuron_coefficients for x in layers]
         values = dict(zip(names, [*heads, *neurons], strict=True))
-        cuts = index_map(ticket.heads, ticket.neurons, head_size=config.head_size)
+        cuts = index_map(
+            layers,
+            ticket.heads,
+            ticket.neurons,
+            head_size=self.adapter.shape(self.module).head_size,
+            head_widths=ticket.head_widths,
+            neuron_widths=ticket.neuron_widths,
+        )
         fold = settings.coefficients == "fold"
         folds = fold_map(layers, values) if fold else {}
 
@@ -362,7 +373,15 @@ class Engine:
         assert (
             self._bird is not None and self.progress.heads is not None and self.progress.neurons is not None
         )
-        cuts = index_map(self.progress.heads, self.progress.neurons, head_size=config.head_size)
+        first = self.progress.tickets[0]
+        cuts = index_map(
+            self.adapter.layers(config),
+            self.progress.heads,
+            self.progress.neurons,
+            head_size=config.head_size,
+            head_widths=first.head_widths,
+            neuron_widths=first.neuron_widths,
+        )
         dense = config.dense()
         for name, held in kept.pieces.items():
             whole = cut(initial_value(name, dense, seed=self._bird.seed), cuts.get(name)).float().view(-1)
@@ -372,12 +391,11 @@ class Engine:
 
     def _build(self, config: Any) -> torch.nn.Module:
         """A fresh module of this shape; its values do not matter, the state comes from `seed`."""
-        return empty_module(lambda: self.model_class(config), config=self._config)
+        return empty_module(lambda: self.adapter.build(config), config=self._config)
 
     def _open(self, module: torch.nn.Module, start: state.State) -> None:
         """Initialise a DeepSpeed engine around `module` and seed it."""
-        shape: Any = module.config
-        frozen = shape.coefficients == "freeze"
+        frozen = self.adapter.shape(module).coefficients == "freeze"
         if frozen:
             # In the optimizer with a zero gradient and no decay: so its fp32 master lives on and is cut like
             # the rest.
@@ -394,6 +412,7 @@ class Engine:
         except (pydantic.ValidationError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
             raise SettingsError(f"{self._where}: DeepSpeed refuses it: {error}") from error
         self.inner = inner
+        self.adapter.attach(module)
         for name, parameter in module.named_parameters():
             if name.endswith(".coefficients"):
                 if frozen:

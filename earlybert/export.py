@@ -28,11 +28,12 @@ from transformers.utils import logging as transformers_logging
 
 from earlybert import checkpoint
 from earlybert import model as modelling
+from earlybert.adapters import bert_layers
 from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError, read_toml, sync_folder
 from earlybert.engine import Progress
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
-from earlybert.shrink import bert_layers, fold_map, index_map
+from earlybert.shrink import fold_map, index_map
 from earlybert.ticket import Kept
 
 Form = Literal["compact", "dense"]
@@ -144,7 +145,16 @@ def dense_weights(source: Source) -> dict[str, torch.Tensor]:
     if source.heads is None or source.neurons is None:
         return weights
     widths = {0: config.num_attention_heads * config.head_size, 1: config.intermediate_size}
-    for name, by in index_map(source.heads, source.neurons, head_size=config.head_size).items():
+    dense_heads, dense_neurons = config.num_attention_heads, config.intermediate_size
+    cuts = index_map(
+        layers,
+        source.heads,
+        source.neurons,
+        head_size=config.head_size,
+        head_widths=[dense_heads] * len(layers),
+        neuron_widths=[dense_neurons] * len(layers),
+    )
+    for name, by in cuts.items():
         if name not in weights:
             continue
         shape = list(weights[name].shape)

@@ -6,7 +6,8 @@ a ZeRO rank owns is cut into one contiguous piece of the flattened small paramet
 ranks' elements to cut.
 
 Head h owns rows h*H .. (h+1)*H of query, key and value (H the head size) and the same columns of the
-attention's output projection. Neuron j owns row j of the first FFN matrix and column j of the second.
+attention's output projection. Neuron j owns row j of the first FFN matrix and column j of the second. A fused
+matrix has such rows once in each of its sections. Which parameters these are, the adapter says.
 """
 
 from __future__ import annotations
@@ -14,25 +15,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from earlybert.ticket import Kept, Ticket
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Names of one layer's parameters that belong to heads and to neurons."""
-
-    head_rows: tuple[str, ...]
-    """Cut along dimension 0 in blocks of the head size: query, key and value, weights and biases."""
-    head_columns: str
-    """The output projection's weight, cut along dimension 1 in blocks of the head size."""
-    head_coefficients: str
-    neuron_rows: tuple[str, ...]
-    neuron_columns: str
-    neuron_coefficients: str
+from earlybert.adapters import Layer
+from earlybert.ticket import Kept
 
 
 @dataclass(frozen=True)
@@ -51,41 +38,42 @@ class Piece:
     values: torch.Tensor
 
 
-def bert_layers(count: int) -> tuple[Layer, ...]:
-    """Where heads and neurons live in a BERT encoder with Hugging Face's parameter names."""
-    layers = []
-    for index in range(count):
-        at = f"bert.encoder.layer.{index}."
-        rows = tuple(
-            f"{at}attention.self.{p}.{k}" for p in ("query", "key", "value") for k in ("weight", "bias")
-        )
-        layers.append(
-            Layer(
-                head_rows=rows,
-                head_columns=f"{at}attention.output.dense.weight",
-                head_coefficients=f"{at}attention.self.coefficients",
-                neuron_rows=(f"{at}intermediate.dense.weight", f"{at}intermediate.dense.bias"),
-                neuron_columns=f"{at}output.dense.weight",
-                neuron_coefficients=f"{at}intermediate.coefficients",
-            )
-        )
-    return tuple(layers)
+def index_map(
+    layers: Sequence[Layer],
+    heads: Kept,
+    neurons: Kept,
+    *,
+    head_size: int,
+    head_widths: Sequence[int],
+    neuron_widths: Sequence[int],
+) -> dict[str, Cut]:
+    """The cuts that leave these heads and neurons (one tuple of indices a layer) of every layer.
 
-
-def index_map(heads: Kept, neurons: Kept, *, head_size: int) -> dict[str, Cut]:
-    """The cuts that leave these heads and neurons (one tuple of indices a layer) of every layer."""
+    `head_widths`, `neuron_widths`: units of each layer before the cut; a fused matrix has that many a
+    section.
+    """
     cuts: dict[str, Cut] = {}
-    within = torch.arange(head_size)
-    for layer, head_indices, neuron_indices in zip(bert_layers(len(heads)), heads, neurons, strict=True):
-        units = torch.tensor(head_indices, dtype=torch.int64)
-        rows = (units[:, None] * head_size + within).flatten()
-        cuts.update({name: Cut(0, rows) for name in layer.head_rows})
-        cuts[layer.head_columns] = Cut(1, rows)
-        cuts[layer.head_coefficients] = Cut(0, units)
-        units = torch.tensor(neuron_indices, dtype=torch.int64)
-        cuts.update({name: Cut(0, units) for name in layer.neuron_rows})
-        cuts[layer.neuron_columns] = Cut(1, units)
-        cuts[layer.neuron_coefficients] = Cut(0, units)
+    for layer, kept_heads, kept_neurons, head_width, neuron_width in zip(
+        layers, heads, neurons, head_widths, neuron_widths, strict=True
+    ):
+        for units, size, width, rows, columns, coefficients in (
+            (kept_heads, head_size, head_width, layer.head_rows, layer.head_columns, layer.head_coefficients),
+            (
+                kept_neurons,
+                1,
+                neuron_width,
+                layer.neuron_rows,
+                layer.neuron_columns,
+                layer.neuron_coefficients,
+            ),
+        ):
+            kept = torch.tensor(units, dtype=torch.int64)
+            inside = (kept[:, None] * size + torch.arange(size)).flatten()
+            for row in rows:
+                sections = torch.arange(row.sections)[:, None] * (width * size)
+                cuts[row.name] = Cut(0, (sections + inside).flatten())
+            cuts[columns] = Cut(1, inside)
+            cuts[coefficients] = Cut(0, kept)
     return cuts
 
 
@@ -164,16 +152,6 @@ def folded(values: torch.Tensor, coefficient: torch.Tensor, *, power: int) -> to
 def compose(outer: Kept, inner: Kept) -> Kept:
     """Indices of the dense model that stay after `outer` and then, counted within what it left, `inner`."""
     return tuple(tuple(o[i] for i in ins) for o, ins in zip(outer, inner, strict=True))
-
-
-def shrunken(config: Any, ticket: Ticket, *, coefficients: str) -> Any:
-    """A copy of the model's configuration with the ticket's shape; `coefficients` is the small model's
-    setting."""
-    values = config.to_dict()
-    values["heads_per_layer"] = [len(kept) for kept in ticket.heads]
-    values["neurons_per_layer"] = [len(kept) for kept in ticket.neurons]
-    values["coefficients"] = coefficients
-    return type(config).from_dict(values)
 
 
 def _within(kept: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 import ranks
 import tiny
 from earlybert import dist, state
-from earlybert.shrink import bert_layers, cut, index_map
+from earlybert.adapters import bert_layers
+from earlybert.shrink import cut
 
 FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 """DeepSpeed's own question whether this CPU computes in fp16."""
@@ -102,7 +103,7 @@ def draw_and_compare(stage, moments, coefficients):
     if moments == "reset":
         optimizer = tiny.reference_optimizer(model)
     reference += [tiny.reference_step(model, optimizer, 4, ranks=dist.world_size(), penalty=0.0)]
-    cuts = index_map(ticket.heads, ticket.neurons, head_size=8)
+    cuts = tiny.cuts(ticket.heads, ticket.neurons)
     expected = {name: cut(p.detach(), cuts.get(name)) for name, p in names.items()}
     got = {name: tensors["master"] for name, tensors in whole(engine).items()}
     spread = max(float((h - 1).abs().max()) for h in heads)
@@ -218,7 +219,7 @@ def test_a_second_draw_in_the_same_run_works(stage, precision, start):
     assert set(progress.heads[0]) <= set(first.heads[0])
     if start == "rewind":
         dense = tiny.seeded_model(tiny.config(coefficients="none"), seed=7)
-        cuts = index_map(progress.heads, progress.neurons, head_size=8)
+        cuts = tiny.cuts(progress.heads, progress.neurons)
         for name, parameter in dense.named_parameters():
             assert torch.equal(at_draw[name]["master"], cut(parameter.detach(), cuts.get(name))), name
     assert all(r[5] == losses and r[0].tickets[1].sha256 == second.sha256 for r in results)

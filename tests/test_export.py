@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from earlybert import export as exporting
+from earlybert.adapters import bert_layers
 from earlybert.config import EarlyBertError
 from earlybert.export import MARK, Source, dense_weights, export
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
@@ -90,7 +91,8 @@ def trained(tokenizer, *, next_sentence=True, coefficients="train", shrunken=Tru
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     if not shrunken:
         return Source(weights=weights, config=config, tokenizer=tokenizer)
-    cuts = index_map(HEADS, NEURONS, head_size=8)
+    widths = {"head_widths": [4] * 2, "neuron_widths": [40] * 2}
+    cuts = index_map(bert_layers(2), HEADS, NEURONS, head_size=8, **widths)
     weights = {name: cut(value, cuts.get(name)) for name, value in weights.items()}
     values = config.to_dict()
     values.update(heads_per_layer=[len(h) for h in HEADS], neurons_per_layer=[len(n) for n in NEURONS])

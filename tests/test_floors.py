@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"config", "dist", "shards", "mechanics"},
-    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket", "penalty", "optim"},
+    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket", "penalty", "optim", "adapters"},
     2: {"shrink", "state", "experiment"},
     3: {"engine", "lifecycle", "checkpoint", "monitor", "run"},
     4: {"trainer"},
@@ -21,7 +21,7 @@ GROUND = "config"
 SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
-    ("masking", "order"),
+    ("masking", "order"), ("adapters", "model"),
 }  # fmt: skip
 
 

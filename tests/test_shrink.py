@@ -6,26 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from earlybert.adapters import EarlyBertAdapter, bert_layers
 from earlybert.model import EarlyBertForPreTraining
 from earlybert.shrink import (
     Cut,
     Piece,
-    bert_layers,
     compose,
     cut,
     cut_piece,
     cut_shape,
     fold_map,
     folded,
-    index_map,
-    shrunken,
     spread,
 )
-from earlybert.ticket import Ticket
 
 HEADS = ((0, 2, 3), (1,))
 NEURONS = (tuple(range(0, 48, 3)), (5, 47))
-TICKET = Ticket(step=4, heads=HEADS, neurons=NEURONS, head_widths=(4, 4), neuron_widths=(48, 48))
 
 
 def randomised(model):
@@ -40,10 +36,15 @@ def logits(model):
         return model(**tiny.batch(0, 0)).prediction_logits
 
 
+def reshaped(config, coefficients):
+    widths = {"heads": list(map(len, HEADS)), "neurons": list(map(len, NEURONS))}
+    return EarlyBertAdapter(EarlyBertForPreTraining).reshaped(config, **widths, coefficients=coefficients)
+
+
 def small_of(dense, coefficients):
     """The small model with the dense model's weights cut to the ticket."""
-    small = EarlyBertForPreTraining(shrunken(dense.config, TICKET, coefficients=coefficients)).eval()
-    cuts = index_map(HEADS, NEURONS, head_size=8)
+    small = EarlyBertForPreTraining(reshaped(dense.config, coefficients)).eval()
+    cuts = tiny.cuts(HEADS, NEURONS)
     weights = {name: cut(value, cuts.get(name)) for name, value in dense.state_dict().items()}
     return small, weights
 
@@ -117,11 +118,11 @@ def test_composed_tickets_keep_what_two_cuts_in_a_row_keep(data):
 
 
 def test_a_shrunken_config_says_the_shape_of_each_layer():
-    config = shrunken(tiny.config(), TICKET, coefficients="none")
+    config = reshaped(tiny.config(), "none")
     assert config.heads_per_layer == [3, 1] and config.neurons_per_layer == [16, 2]
     assert config.dense().heads_per_layer == [4, 4]
 
 
 @pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.weight"])
 def test_what_belongs_to_no_head_and_no_neuron_stays_whole(name):
-    assert name not in index_map(HEADS, NEURONS, head_size=8)
+    assert name not in tiny.cuts(HEADS, NEURONS)

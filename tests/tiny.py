@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from earlybert import dist, mechanics
+from earlybert.adapters import bert_layers
 from earlybert.engine import EarlyBird, Engine, initialize, parameter_groups
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.optim import Lamb
-from earlybert.ticket import TicketSettings
+from earlybert.shrink import Cut, index_map
+from earlybert.ticket import Kept, TicketSettings
 
 LENGTH, MICRO, ACCUMULATION = 12, 2, 2
 RATE, DECAY = 3e-3, 0.1
@@ -43,6 +45,12 @@ def settings(**changes: Any) -> TicketSettings:
         "penalty": 1e-2,
     }
     return TicketSettings(**{**values, **changes})
+
+
+def cuts(heads: Kept, neurons: Kept) -> dict[str, Cut]:
+    """The index map of `config()`'s shape."""
+    widths = {"head_widths": [4] * len(heads), "neuron_widths": [48] * len(neurons)}
+    return index_map(bert_layers(len(heads)), heads, neurons, head_size=8, **widths)
 
 
 def batch(step: int, index: int) -> dict[str, torch.Tensor]:
