@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from earlybert.config import EarlyBertError, SettingsError
     from earlybert.engine import EarlyBird, Engine, Progress, initialize
     from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining, seeded_model
+    from earlybert.pretrained import load, save
     from earlybert.ticket import Ticket, TicketSettings
 
 __version__ = "0.1.0"
@@ -32,12 +33,15 @@ __all__ = [
     "Ticket",
     "TicketSettings",
     "initialize",
+    "load",
+    "save",
     "seeded_model",
 ]
 _ROOMS = {
     "config": ("EarlyBertError", "SettingsError"),
     "engine": ("EarlyBird", "Engine", "Progress", "initialize"),
     "model": ("EarlyBertConfig", "EarlyBertForMaskedLM", "EarlyBertForPreTraining", "seeded_model"),
+    "pretrained": ("load", "save"),
     "ticket": ("Ticket", "TicketSettings"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

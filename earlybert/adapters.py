@@ -167,6 +167,10 @@ class Adapter:
         """A copy of the config for a model of these widths a layer."""
         raise NotImplementedError
 
+    def dense(self, config: Any) -> Any:
+        """The config before any draw, without coefficients."""
+        raise NotImplementedError
+
     def build(self, config: Any) -> nn.Module:
         """A fresh module of the config's shape; the values do not matter."""
         raise NotImplementedError
@@ -205,6 +209,10 @@ class EarlyBertAdapter(Adapter):
     ) -> Any:
         values = config.to_dict()
         values.update(heads_per_layer=list(heads), neurons_per_layer=list(neurons), coefficients=coefficients)
+        return type(config).from_dict(values)
+
+    def dense(self, config: Any) -> Any:
+        values = {**config.dense().to_dict(), "coefficients": "none"}
         return type(config).from_dict(values)
 
     def build(self, config: Any) -> nn.Module:
@@ -266,9 +274,16 @@ class StockAdapter(Adapter):
         }
         return changed
 
+    def dense(self, config: Any) -> Any:
+        values = config.to_dict()
+        values.pop("early_bird", None)
+        return type(config).from_dict(values)
+
     def build(self, config: Any) -> nn.Module:
         module = self._class(config)
-        told = config.early_bird
+        told = getattr(config, "early_bird", None)
+        if not told:
+            return module
         for index, (heads, neurons) in enumerate(
             zip(told["heads_per_layer"], told["neurons_per_layer"], strict=True)
         ):

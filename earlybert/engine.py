@@ -28,7 +28,7 @@ import torch
 from earlybert import dist, mechanics, state
 from earlybert.adapters import adapter_of
 from earlybert.config import SettingsError
-from earlybert.lifecycle import empty_module, tear_down
+from earlybert.lifecycle import check_config, empty_module, start_ranks, tear_down
 from earlybert.model import initial_value
 from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, penalise
@@ -98,23 +98,32 @@ def initialize(
     config: str | os.PathLike[str] | Mapping[str, Any],
     early_bird: EarlyBird | None = None,
     optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None = None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     weight_decay: float = 0.01,
     progress: Progress | None = None,
 ) -> Engine:
-    """Return an `Engine` around `model` (an `EarlyBert*` model in fp32 on the host). Collective.
+    """Return an `Engine` around `model`, in fp32 on the host. Collective.
 
-    `config`: a DeepSpeed JSON (path or mapping); `optimizer`: a function from parameter groups to a torch
-    optimizer, needed where the config has no "optimizer" section; `weight_decay`: of matrices (biases,
-    LayerNorm and coefficients have none); `progress`: of the checkpoint that will be loaded. Without
-    `early_bird`, or with its `enabled` false, nothing is searched. Raises SettingsError for a config or a
-    ticket setting that cannot work.
+    `model`: an `EarlyBert*` model or a stock Hugging Face encoder with its head (`adapters` lists them).
+    `config`: a DeepSpeed JSON with its batch sizes (path or mapping). `optimizer`: a function from parameter
+    groups to a torch optimizer, needed where the config has no "optimizer" section; `lr_scheduler`: one from
+    the optimizer to a scheduler, unless the config has a "scheduler" section or the loop sets the rate.
+    `weight_decay`: of matrices (biases, LayerNorm and coefficients have none). `progress`: of the checkpoint
+    that will be loaded. Without `early_bird`, or with its `enabled` false, nothing is searched. Raises
+    SettingsError for a config or a ticket setting that cannot work and for an unknown architecture.
     """
     values, where = mechanics.load(config)
     mechanics.check(values, where=where)
     if optimizer is None and "optimizer" not in values:
         raise SettingsError(f'{where}: no "optimizer" section and no optimizer= given; give one of them')
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & values.keys():
+        raise SettingsError(
+            f"{where}: no batch size; add train_micro_batch_size_per_gpu and gradient_accumulation_steps (a "
+            "mapping may be given instead of a path: {**json.load(open(path)), ...})"
+        )
     if not dist.active():
-        deepspeed.init_distributed()
+        start_ranks()
+    check_config(values, where=where)
     bird = early_bird if early_bird is not None and early_bird.settings.enabled else None
     return Engine(
         model,
@@ -122,6 +131,7 @@ def initialize(
         where=where,
         bird=bird,
         optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
         weight_decay=weight_decay,
         progress=progress or Progress(),
     )
@@ -153,6 +163,7 @@ class Engine:
         where: str,
         bird: EarlyBird | None,
         optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
         weight_decay: float,
         progress: Progress,
     ) -> None:
@@ -160,6 +171,7 @@ class Engine:
         self._where = where
         self._bird = bird
         self._factory = optimizer
+        self._scheduler = lr_scheduler
         self._weight_decay = weight_decay
         self.progress = progress
         self.draw_seconds: dict[str, float] = {}
@@ -247,9 +259,10 @@ class Engine:
         self._config["train_micro_batch_size_per_gpu"] = micro_batch
         self._config["gradient_accumulation_steps"] = accumulation
         self._config.pop("train_batch_size", None)
-        config = self.module.config
+        config, rates = self.module.config, _Rates(self.inner)
         self.close()
         self._open(self._build(config), kept)
+        rates.restore(self.inner)
 
     def close(self) -> None:
         """Tear the inner engine down so that nothing of it stays alive. Idempotent."""
@@ -300,7 +313,7 @@ class Engine:
         settings, config = self._bird.settings, self.module.config
         last = len(self.progress.tickets) + 1 >= settings.draws
         clock = _Clock()
-        kept = self._cut_state(ticket, heads, neurons, last=last)
+        kept, rates = self._cut_state(ticket, heads, neurons, last=last), _Rates(self.inner)
         clock.lap("read")
         self.close()
         clock.lap("tear_down")
@@ -324,6 +337,7 @@ class Engine:
         if settings.start == "rewind":
             self._rewind(kept, module.config)
         self._open(module, kept)
+        rates.restore(self.inner)
         clock.lap("initialize")
         self.draw_seconds = clock.laps
         if self._bird.on_draw is not None:
@@ -404,7 +418,8 @@ class Engine:
                     parameter.requires_grad_(True)
         module.train()
         groups = parameter_groups(module, weight_decay=self._weight_decay)
-        arguments = {"optimizer": self._factory} if self._factory is not None else {}
+        given = {"optimizer": self._factory, "lr_scheduler": self._scheduler}
+        arguments = {name: value for name, value in given.items() if value is not None}
         try:
             inner, *_ = deepspeed.initialize(
                 model=module, model_parameters=groups, config=mechanics.close_traps(self._config), **arguments
@@ -436,6 +451,20 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
     elif isinstance(output, (list, tuple)):
         for value in output:
             yield from _tensors(value)
+
+
+class _Rates:
+    """Learning rates by group and the scheduler's position: what a fresh engine must not start anew."""
+
+    def __init__(self, inner: Any) -> None:
+        self._rates = {group["name"]: group["lr"] for group in inner.optimizer.param_groups}
+        self._scheduler = None if inner.lr_scheduler is None else inner.lr_scheduler.state_dict()
+
+    def restore(self, inner: Any) -> None:
+        if self._scheduler is not None:
+            inner.lr_scheduler.load_state_dict(self._scheduler)
+        for group in inner.optimizer.param_groups:
+            group["lr"] = self._rates[group["name"]]
 
 
 class _Clock:

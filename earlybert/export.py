@@ -8,10 +8,11 @@ gets its name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError, read_toml, sync_folder
 from earlybert.engine import Progress
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
-from earlybert.shrink import fold_map, index_map
+from earlybert.shrink import index_map, uncut, without_coefficients
 from earlybert.ticket import Kept
 
 Form = Literal["compact", "dense"]
@@ -65,6 +66,25 @@ def export(source: Source, *, to: Path, form: Form) -> float:
     Raises EarlyBertError, leaving nothing behind, where `to` is something else than an export or the logits
     differ by more than 1e-5 of their largest magnitude.
     """
+    with new_folder(to) as hidden:
+        trained = _model(source)
+        (_write_compact if form == "compact" else _write_dense)(source, trained, hidden)
+        for path in source.tokenizer.iterdir():
+            if path.is_file():
+                shutil.copy(path, hidden / path.name)
+        difference, scale = _compare(source, trained, hidden, form=form)
+        refuse_difference(to, difference, scale=scale, form=form)
+        (hidden / "README.md").write_text(_card(source, form=form, difference=difference), encoding="utf-8")
+        (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
+    return difference
+
+
+@contextlib.contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """Yield a hidden folder that takes the place of `to` when all went well, and is gone otherwise.
+
+    Raises EarlyBertError where `to` is something else than an export.
+    """
     to = to.resolve()  # "." and ".." have no name of their own
     if to.exists() and not (to / MARK).exists() and (not to.is_dir() or any(to.iterdir())):
         raise EarlyBertError(f"{to} exists and is not an export; choose another folder")
@@ -72,25 +92,21 @@ def export(source: Source, *, to: Path, form: Form) -> float:
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        trained = _model(source)
-        (_write_compact if form == "compact" else _write_dense)(source, trained, hidden)
-        for path in source.tokenizer.iterdir():
-            if path.is_file():
-                shutil.copy(path, hidden / path.name)
-        difference, scale = _compare(source, trained, hidden, form=form)
-        if not difference <= TOLERANCE * max(1.0, scale):
-            raise EarlyBertError(
-                f"{to}: the {form} export's logits differ from the trained model's by {difference:.3g} "
-                f"(largest logit {scale:.3g}); nothing was written: this is a fault of the program, report it"
-            )
-        (hidden / "README.md").write_text(_card(source, form=form, difference=difference), encoding="utf-8")
-        (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
+        yield hidden
         sync_folder(hidden)
         shutil.rmtree(to, ignore_errors=True)
         os.rename(hidden, to)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-    return difference
+
+
+def refuse_difference(to: Path, difference: float, *, scale: float, form: Form) -> None:
+    """Raise EarlyBertError where the logits of what was written differ by more than rounding explains."""
+    if not difference <= TOLERANCE * max(1.0, scale):
+        raise EarlyBertError(
+            f"{to}: the {form} export's logits differ from the trained model's by {difference:.3g} "
+            f"(largest logit {scale:.3g}); nothing was written: this is a fault of the program, report it"
+        )
 
 
 def read_run(path: Path) -> Source:
@@ -136,31 +152,18 @@ def read_run(path: Path) -> Source:
 def dense_weights(source: Source) -> dict[str, torch.Tensor]:
     """The weights in the dense model's shape: coefficients folded in, zeros where heads and neurons went."""
     config, layers = source.config, bert_layers(source.config.num_hidden_layers)
-    weights = {name: value.clone() for name, value in source.weights.items()}
-    if config.coefficients != "none":
-        for name, coefficients in fold_map(layers, weights).items():
-            columns = weights[name].shape[1]
-            weights[name] = weights[name] * coefficients.repeat_interleave(columns // coefficients.numel())
-        weights = {name: value for name, value in weights.items() if not name.endswith(".coefficients")}
+    weights = without_coefficients(layers, source.weights)
     if source.heads is None or source.neurons is None:
         return weights
-    widths = {0: config.num_attention_heads * config.head_size, 1: config.intermediate_size}
-    dense_heads, dense_neurons = config.num_attention_heads, config.intermediate_size
     cuts = index_map(
         layers,
         source.heads,
         source.neurons,
         head_size=config.head_size,
-        head_widths=[dense_heads] * len(layers),
-        neuron_widths=[dense_neurons] * len(layers),
+        head_widths=[config.num_attention_heads] * len(layers),
+        neuron_widths=[config.intermediate_size] * len(layers),
     )
-    for name, by in cuts.items():
-        if name not in weights:
-            continue
-        shape = list(weights[name].shape)
-        shape[by.dim] = widths[0 if ".attention." in name else 1]
-        weights[name] = torch.zeros(shape).index_copy_(by.dim, by.kept, weights[name])
-    return weights
+    return {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
 
 
 def _model(source: Source) -> EarlyBertForPreTraining:

@@ -24,10 +24,11 @@ from earlybert.ticket import Kept
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep `kept` (1-D int64, ascending) along dimension `dim`."""
+    """Keep `kept` (1-D int64, ascending) of the `whole` indices along dimension `dim`."""
 
     dim: int
     kept: torch.Tensor
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,24 @@ def index_map(
             inside = (kept[:, None] * size + torch.arange(size)).flatten()
             for row in rows:
                 sections = torch.arange(row.sections)[:, None] * (width * size)
-                cuts[row.name] = Cut(0, (sections + inside).flatten())
-            cuts[columns] = Cut(1, inside)
-            cuts[coefficients] = Cut(0, kept)
+                cuts[row.name] = Cut(0, (sections + inside).flatten(), row.sections * width * size)
+            cuts[columns] = Cut(1, inside, width * size)
+            cuts[coefficients] = Cut(0, kept, width)
     return cuts
 
 
 def cut(tensor: torch.Tensor, by: Cut | None) -> torch.Tensor:
     """Cut a whole parameter (or moment); None leaves it as it is."""
     return tensor if by is None else tensor.index_select(by.dim, by.kept.to(tensor.device))
+
+
+def uncut(tensor: torch.Tensor, by: Cut | None) -> torch.Tensor:
+    """The parameter before the cut, zeros where units went."""
+    if by is None:
+        return tensor
+    shape = list(tensor.shape)
+    shape[by.dim] = by.whole
+    return tensor.new_zeros(shape).index_copy_(by.dim, by.kept.to(tensor.device), tensor)
 
 
 def cut_shape(shape: Sequence[int], by: Cut | None) -> tuple[int, ...]:
@@ -137,6 +147,18 @@ def fold_map(layers: Sequence[Layer], coefficients: Mapping[str, torch.Tensor]) 
         folds[layer.head_columns] = coefficients[layer.head_coefficients]
         folds[layer.neuron_columns] = coefficients[layer.neuron_coefficients]
     return folds
+
+
+def without_coefficients(
+    layers: Sequence[Layer], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Whole weights with the coefficients folded in and gone, where there are any."""
+    coefficients = {name for layer in layers for name in (layer.head_coefficients, layer.neuron_coefficients)}
+    plain = {name: value for name, value in weights.items() if name not in coefficients}
+    if len(plain) < len(weights):
+        for name, vector in fold_map(layers, weights).items():
+            plain[name] = plain[name] * vector.repeat_interleave(plain[name].shape[1] // vector.numel())
+    return plain
 
 
 def folded(values: torch.Tensor, coefficient: torch.Tensor, *, power: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ FLOORS = {
     2: {"shrink", "state", "experiment"},
     3: {"engine", "lifecycle", "checkpoint", "monitor", "run"},
     4: {"trainer"},
-    5: {"export"},
+    5: {"export", "pretrained"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {"deepspeed": {"engine", "lifecycle", "checkpoint"}, "tensorboard": {"monitor"}}
@@ -21,7 +21,7 @@ GROUND = "config"
 SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
-    ("masking", "order"), ("adapters", "model"),
+    ("masking", "order"), ("adapters", "model"), ("pretrained", "export"),
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def cases(draw):
     kept = draw(st.sets(st.integers(0, shape[dim] - 1)))
     count = torch.Size(shape).numel()
     first, last = sorted(draw(st.tuples(st.integers(0, count), st.integers(0, count))))
-    return shape, Cut(dim, torch.tensor(sorted(kept), dtype=torch.int64)), first, last
+    return shape, Cut(dim, torch.tensor(sorted(kept), dtype=torch.int64), shape[dim]), first, last
 
 
 @given(cases())

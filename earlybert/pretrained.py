@@ -1,0 +1,126 @@
+"""What `earlybert.initialize` trained, saved for others: in its true shape, or as the stock model it was.
+
+    earlybert.save(engine, "models/mine")                  # compact; earlybert.load("models/mine")
+    earlybert.save(engine, "models/mine", form="dense")    # stock; AutoModel...from_pretrained("models/mine")
+
+Both are loaded again and compared with the trained weights before they get their name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_model
+from torch import nn
+
+from earlybert import adapters, dist, state
+from earlybert.config import EarlyBertError
+from earlybert.engine import Engine
+from earlybert.export import MARK, Form, new_folder, refuse_difference
+from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining
+from earlybert.shrink import index_map, uncut, without_coefficients
+
+
+def save(engine: Engine, to: str | Path, *, form: Form = "compact") -> float:
+    """Write the model to a folder; return the largest difference of logits after loading it. Collective.
+
+    "compact" has the true shapes and is for `load`; "dense" has coefficients folded in and zeros where heads
+    and neurons went, and is for the stock class. Raises EarlyBertError, on every rank, where `to` is
+    something else than an export or the logits differ by more than 1e-5 of their largest magnitude.
+    """
+    weights = {}
+    for name, tensors in state.whole_parameters(state.read(engine.inner)):
+        if dist.rank() == 0:
+            weights[name] = tensors[state.MASTER]
+    problem, difference = None, 0.0
+    if dist.rank() == 0:
+        try:
+            difference = _write(engine, weights, Path(to), form=form)
+        except EarlyBertError as error:
+            problem = str(error)
+    problem, difference = dist.from_rank_0((problem, difference))
+    if problem is not None:
+        raise EarlyBertError(problem)
+    return difference
+
+
+def load(folder: str | Path) -> Any:
+    """Load what `save` or `scripts/export.py` wrote, in its true shape, in eval mode.
+
+    Raises EarlyBertError where the folder holds no model, or one that this program did not shrink.
+    """
+    folder = Path(folder)
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        name = config.architectures[0]
+    except (OSError, ValueError, TypeError) as error:
+        raise EarlyBertError(
+            f"{folder}: no model is there ({error}); give a folder that save wrote"
+        ) from error
+    own = {kind.__name__: kind for kind in (EarlyBertForPreTraining, EarlyBertForMaskedLM)}
+    kind = own.get(name) or getattr(transformers, name, None)
+    if kind is None:
+        raise EarlyBertError(f"{folder}: transformers has no {name}; load it with its own class")
+    with torch.device("meta"):
+        adapter = adapters.adapter_of(kind(config))
+    module = adapter.build(config)
+    load_model(module, folder / "model.safetensors", strict=True)
+    adapter.attach(module)
+    return module.eval()
+
+
+def _write(engine: Engine, weights: dict[str, torch.Tensor], to: Path, *, form: Form) -> float:
+    adapter, config = engine.adapter, engine.module.config
+    trained = _filled(adapter, config, weights)
+    with new_folder(to) as hidden:
+        if form == "compact":
+            written = trained
+        else:
+            layers = adapter.layers(config)
+            weights = without_coefficients(layers, weights)
+            progress = engine.progress
+            if progress.heads is not None and progress.neurons is not None:
+                first = progress.tickets[0]
+                cuts = index_map(
+                    layers,
+                    progress.heads,
+                    progress.neurons,
+                    head_size=adapter.shape(trained).head_size,
+                    head_widths=first.head_widths,
+                    neuron_widths=first.neuron_widths,
+                )
+                weights = {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
+            written = _filled(adapter, adapter.dense(config), weights)
+        written.save_pretrained(hidden, max_shard_size="1TB")
+        loaded = load(hidden) if form == "compact" else type(written).from_pretrained(hidden).eval()
+        difference, scale = _difference(trained, loaded)
+        refuse_difference(to, difference, scale=scale, form=form)
+        (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
+    return difference
+
+
+def _filled(adapter: adapters.Adapter, config: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """A module of the config's shape with these weights, which are all of its parameters."""
+    module = adapter.build(config)
+    names = {name for name, _ in module.named_parameters()}
+    assert names == weights.keys(), names ^ weights.keys()
+    module.load_state_dict(weights, strict=False)  # what is missing is tied to what is there, or a buffer
+    adapter.attach(module)
+    return module.eval()
+
+
+def _difference(trained: nn.Module, loaded: nn.Module) -> tuple[float, float]:
+    """Largest difference of the first output on a fixed input; its largest magnitude."""
+    config: Any = trained.config
+    length = min(24, config.max_position_embeddings - 2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0  # padding too
+    with torch.no_grad():
+        first, other = (model(input_ids=ids, attention_mask=mask)[0] for model in (trained, loaded))
+    return float((first - other).abs().max()), float(first.abs().max())
