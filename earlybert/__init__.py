@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from earlybert.config import EarlyBertError, SettingsError
     from earlybert.engine import EarlyBird, Engine, Progress, initialize
+    from earlybert.lifecycle import end_ranks
     from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining, seeded_model
     from earlybert.pretrained import load, save
     from earlybert.ticket import Ticket, TicketSettings
@@ -32,6 +33,7 @@ __all__ = [
     "SettingsError",
     "Ticket",
     "TicketSettings",
+    "end_ranks",
     "initialize",
     "load",
     "save",
@@ -41,6 +43,7 @@ _ROOMS = {
     "config": ("EarlyBertError", "SettingsError"),
     "engine": ("EarlyBird", "Engine", "Progress", "initialize"),
     "model": ("EarlyBertConfig", "EarlyBertForMaskedLM", "EarlyBertForPreTraining", "seeded_model"),
+    "lifecycle": ("end_ranks",),
     "pretrained": ("load", "save"),
     "ticket": ("Ticket", "TicketSettings"),
 }

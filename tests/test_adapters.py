@@ -146,6 +146,20 @@ def test_a_stock_model_is_searched_drawn_and_saved_at_every_stage(tmp_path, name
                 torch.testing.assert_close(model, ended, atol=1e-5, rtol=1e-5)
 
 
+EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
+def test_an_example_trains_draws_saves_and_loads(tmp_path, name):
+    script = EXAMPLES / f"{name}.py"
+    assert len(script.read_text().splitlines()) < 60
+    words = ["--steps", "20", "--draw", "10", "--out", str(tmp_path / "model")]
+    processes = ranks.launch(str(script), words, ranks=2, logs=tmp_path)
+    codes, said = [p.wait(timeout=120) for p in processes], (tmp_path / "log-0.txt").read_text()
+    assert codes == [0, 0], said
+    assert "step 20 loss" in said and "step 10: keep" in said and "loaded again" in said, said
+
+
 class Pooling(nn.Module):
     """An encoder that nobody knows."""
 
