@@ -32,6 +32,7 @@ from earlybert.lifecycle import check_config, empty_module, start_ranks, tear_do
 from earlybert.model import initial_value
 from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, penalise
+from earlybert.search import Search
 from earlybert.shrink import (
     Piece,
     compose,
@@ -43,7 +44,7 @@ from earlybert.shrink import (
     index_map,
     spread,
 )
-from earlybert.ticket import Kept, Search, Ticket, TicketSettings, draw
+from earlybert.ticket import Kept, Ticket, TicketSettings
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Progress:
             return None if value is None else tuple(tuple(layer) for layer in value)
 
         tickets = tuple(Ticket.from_json(ticket, where=where) for ticket in values["tickets"])
-        search = Search.from_json(values["search"])
+        search = Search.from_json(values["search"], where=where)
         return Progress(search, tickets, kept(values["heads"]), kept(values["neurons"]))
 
 
@@ -294,17 +295,8 @@ class Engine:
             return
         heads, neurons = self.coefficients()
         self.progress.search = self.progress.search.observe(step, heads, neurons, settings=settings)
-        search = self.progress.search
-        if search.verdict is not None:
-            ticket = draw(
-                heads,
-                neurons,
-                settings=settings,
-                step=step,
-                reason=search.verdict,
-                distances=search.distances,
-            )
-            self._draw(ticket, heads, neurons)
+        if self.progress.search.verdict is not None:
+            self._draw(self.progress.search.ticket(settings=settings), heads, neurons)
 
     def _draw(self, ticket: Ticket, heads: list[torch.Tensor], neurons: list[torch.Tensor]) -> None:
         """Shrink to the ticket. Collective; nothing is cut before all ranks hold the same ticket."""

@@ -6,12 +6,15 @@ are written by `repr`, so two runs can be compared to the last bit.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from earlybert.config import write_atomically
@@ -44,6 +47,12 @@ class Monitor:
         for name, value in values.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 self._board.add_scalar(name, value, values["step"])
+        self._board.flush()
+
+    def picture(self, name: str, png: bytes, *, step: int) -> None:
+        """Show a PNG in TensorBoard."""
+        with Image.open(io.BytesIO(png)) as image:
+            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self._board.flush()
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
-"""The early-bird ticket: masks from coefficients, the distance between masks, the moment to draw, the
-ticket's file.
+"""The early-bird ticket: masks from coefficients, the distance between masks, the ticket's file.
 
 A mask says which heads and neurons stay. It is ranked by |c| on the **fp32 master** values: near 1.0 bf16 has
 steps of 2^-8, so ranking its values would rank ties (docs/method.md section 1). Counts are exact, ties go to
@@ -14,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ import torch
 
 from earlybert.config import EarlyBertError, SettingsError, as_dict, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Kept = tuple[tuple[int, ...], ...]
 """Indices that stay, ascending, one tuple a layer."""
 
@@ -61,6 +60,11 @@ class TicketSettings:
     """Masks in the FIFO: the newest is compared with the `window - 1` before it."""
     settled_distance: float = 0.1
     """Two masks whose chance-normalised distance is at most this count as the same ticket."""
+    breakdown_distance: float = 0.5
+    """A family that had settled and now lies this far from its last settled mask has broken down (1 is
+    chance)."""
+    on_breakdown: Literal["draw", "stop"] = "draw"
+    """Then: draw at once with that family's last settled mask, or end the run with a message."""
     draws: int = 1
     """Draws in one run; each searches anew on the model that the one before left."""
     start: Literal["keep", "rewind"] = "keep"
@@ -91,6 +95,11 @@ class TicketSettings:
             raise SettingsError(f"ticket.penalty = {self.penalty}: must not be negative")
         if not 0 <= self.settled_distance < 1:
             raise SettingsError(f"ticket.settled_distance = {self.settled_distance}: must lie in [0, 1)")
+        if not self.settled_distance < self.breakdown_distance <= 1:
+            raise SettingsError(
+                f"ticket.breakdown_distance = {self.breakdown_distance}: must lie above "
+                f"ticket.settled_distance = {self.settled_distance} and not above 1"
+            )
         if not 0 < self.minimum_step <= self.latest_step:
             raise SettingsError(
                 f"ticket.minimum_step = {self.minimum_step} and ticket.latest_step = {self.latest_step}: "
@@ -142,6 +151,8 @@ class Ticket:
     distances: tuple[tuple[int, float | None, float | None], ...] = ()
     """(step, heads, neurons) of each look since the search began; None while the window fills."""
     settings: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
+    """Every look of the search that led here (`search.Search`), for the heat map; None for other tickets."""
 
     @property
     def sha256(self) -> str:
@@ -177,6 +188,7 @@ class Ticket:
                 reason=values["reason"],
                 distances=tuple((s, h, n) for s, h, n in values["distances"]),
                 settings=values["settings"],
+                search=values["search"],
             )
             stated = values["sha256"]
         except (KeyError, TypeError) as error:
@@ -279,88 +291,6 @@ def distance(a: Kept, b: Kept, *, widths: Sequence[int]) -> float:
     removed_b = 1 - sum(map(len, b)) / total
     chance = removed_a * (1 - removed_b) + removed_b * (1 - removed_a)
     return differing / total / chance if chance else 0.0
-
-
-@dataclass(frozen=True)
-class Look:
-    """The masks at one step of the search."""
-
-    step: int
-    heads: Kept
-    neurons: Kept
-
-
-@dataclass(frozen=True)
-class Search:
-    """The detector as a value: `observe` returns the next one. It fits in JSON and so in a checkpoint's
-    manifest."""
-
-    began: int = 0
-    """Step at which this search began (0, or the step of the draw before)."""
-    looks: tuple[Look, ...] = ()
-    """The newest masks, oldest first, at most `window`."""
-    distances: tuple[tuple[int, float | None, float | None], ...] = ()
-    verdict: str | None = None
-    """Why to draw now, or None."""
-
-    def due(self, step: int, *, settings: TicketSettings) -> bool:
-        """True at the steps at which the coefficients are to be looked at."""
-        since = step - self.began
-        return since > 0 and (since % settings.every == 0 or since == settings.latest_step)
-
-    def observe(
-        self,
-        step: int,
-        heads: Sequence[torch.Tensor],
-        neurons: Sequence[torch.Tensor],
-        *,
-        settings: TicketSettings,
-    ) -> Search:
-        """Look at the fp32 coefficients after optimizer step `step` and judge.
-
-        Heads and neurons are judged apart and both must have settled: the largest distance from the newest
-        mask to the `window - 1` before it is at most `settled_distance`. Never before `minimum_step`, at
-        `latest_step` in any case. A family without any spread has said nothing yet and has not settled.
-        """
-        kept_heads, kept_neurons = masks(heads, neurons, settings=settings)
-        looks = (*self.looks, Look(step, kept_heads, kept_neurons))[-settings.window :]
-        newest, older = looks[-1], looks[:-1]
-        widths_h, widths_n = [c.numel() for c in heads], [c.numel() for c in neurons]
-        full = len(looks) == settings.window
-        far_h = max((distance(newest.heads, o.heads, widths=widths_h) for o in older), default=None)
-        far_n = max((distance(newest.neurons, o.neurons, widths=widths_n) for o in older), default=None)
-        since = step - self.began
-        settled = (
-            full
-            and far_h is not None
-            and far_n is not None
-            and max(far_h, far_n) <= settings.settled_distance
-            and _spread(heads)
-            and _spread(neurons)
-        )
-        verdict = None
-        if settled and since >= settings.minimum_step:
-            verdict = f"settled: distance {far_h:.3f} heads, {far_n:.3f} neurons"
-        elif since >= settings.latest_step:
-            verdict = f"latest step {settings.latest_step} of the search reached"
-        return replace(self, looks=looks, distances=(*self.distances, (step, far_h, far_n)), verdict=verdict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Search:
-        looks = tuple(
-            Look(look["step"], tuple(map(tuple, look["heads"])), tuple(map(tuple, look["neurons"])))
-            for look in values["looks"]
-        )
-        distances = tuple((s, h, n) for s, h, n in values["distances"])
-        return Search(values["began"], looks, distances, values["verdict"])
-
-
-def _spread(coefficients: Sequence[torch.Tensor]) -> bool:
-    every = torch.cat([c.detach().double().abs().flatten() for c in coefficients])
-    return bool(every.max() > every.min())
 
 
 def _floor(width: int, minimum: int, multiple: int) -> int:

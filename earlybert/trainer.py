@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from earlybert import checkpoint, dist, mechanics, run, schedule
+from earlybert import checkpoint, dist, mechanics, report, run, schedule
 from earlybert.config import EarlyBertError
 from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches
 from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
@@ -183,6 +183,8 @@ class _Trainer:
                 self._log(at, eval_loss=eval_loss)
             if stop or drawn or self.step == self.total or self.step % settings.checkpoint.every == 0:
                 self._save()
+            if drawn or self.step == self.total:
+                self._report()
             if stop and self.step < self.total:
                 return True
         return False
@@ -393,6 +395,8 @@ class _Trainer:
         }
         if eval_loss is not None:
             values["eval_loss"] = eval_loss
+        if tickets and tickets[-1].step == self.step:
+            values["draw_seconds"] = engine.draw_seconds
         self.monitor.record(values)
         left = (self.total - self.step) * sums.seconds / sums.steps
         self.monitor.say(progress_line(values, total_steps=self.total, eta_seconds=left))
@@ -416,6 +420,14 @@ class _Trainer:
         self._say(f"drew the ticket at {ticket}; pause {sum(seconds.values()):.2f} s ({parts})")
         if self.monitor is not None:
             self._write_ticket()
+
+    def _report(self) -> None:
+        """Write the page and the heat map of the search, where there was one."""
+        engine = self.engine
+        if self.monitor is None or not (engine.ticket or engine.progress.search.steps):
+            return
+        folder = report.write(self.folder)
+        self.monitor.picture("search/masks", (folder / "masks.png").read_bytes(), step=self.step)
 
     def _write_ticket(self) -> None:
         """Write ticket.json, or remove one that a run before this resume had drawn later than here. Rank 0

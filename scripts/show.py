@@ -1,11 +1,11 @@
 """Describe a corpus, a run, a checkpoint or a ticket in words.
 
     python scripts/show.py corpora/NAME [--document 17] [--verify]
-    python scripts/show.py runs/NAME [--verify]
+    python scripts/show.py runs/NAME [--verify] [--report]
     python scripts/show.py runs/NAME/checkpoints/step-0000400 [--verify]
     python scripts/show.py runs/NAME/ticket.json
 
---verify compares every checksum.
+--verify compares every checksum; --report writes the page and the heat map of the search, runs/NAME/report/.
 """
 
 from __future__ import annotations
@@ -80,11 +80,14 @@ def _is_run(path: Path) -> bool:
 
 
 def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    from earlybert import checkpoint
+    from earlybert import checkpoint, report
+
+    if arguments.report:
+        yield f"report of the search: {report.write(path) / 'report.md'}"
 
     values, environment = read_toml(path / "experiment.toml"), _read_json(path / "environment.json")
     total = sum(phase["steps"] for phase in values["phases"])
-    lines = _metrics(path / "metrics.jsonl")
+    lines = report.metrics(path)
     reached = lines[-1]["step"] if lines else 0
     yield f"run {path}: step {reached:,} of {total:,}{' (finished)' if reached == total else ''}"
     model = values["model"]
@@ -188,12 +191,6 @@ def _state_of(folder: Path, arguments: argparse.Namespace) -> str:
     return f"broken: {'; '.join(wrong)}" if wrong else "complete, every checksum is right"
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that is still being written is left out."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -218,6 +215,7 @@ def main() -> int:
     parser.add_argument("path", type=Path, metavar="PATH", help=" or ".join(DESCRIBERS))
     parser.add_argument("--document", type=int, metavar="I", help="show this document of a corpus")
     parser.add_argument("--verify", action="store_true", help="compare every checksum first")
+    parser.add_argument("--report", action="store_true", help="write a run's page and heat map of the search")
     arguments = parser.parse_args()
     if not arguments.path.exists():
         raise EarlyBertError(f"{arguments.path}: no such file or folder; check the path")

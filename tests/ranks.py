@@ -28,7 +28,9 @@ from typing import Any
 from earlybert.lifecycle import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["earlybert.trainer", "earlybert.export", "torch.utils.tensorboard"])
+_CONTEXT.set_forkserver_preload(
+    ["earlybert.trainer", "earlybert.pretrained", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+)
 
 
 class Rank:

@@ -8,20 +8,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"config", "dist", "shards", "mechanics"},
-    1: {"schedule", "data", "order", "masking", "packing", "model", "ticket", "penalty", "optim", "adapters"},
+    1: {
+        "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
+        "adapters",
+    },
     2: {"shrink", "state", "experiment"},
-    3: {"engine", "lifecycle", "checkpoint", "monitor", "run"},
+    3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
     5: {"export", "pretrained"},
-}
+}  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-ONLY_IN = {"deepspeed": {"engine", "lifecycle", "checkpoint"}, "tensorboard": {"monitor"}}
+ONLY_IN = {
+    "deepspeed": {"engine", "lifecycle", "checkpoint"},
+    "tensorboard": {"monitor"},
+    "matplotlib": {"report"},
+}
 GROUND = "config"
 # A floor has an order inside it where one room stands on another.
 SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
-    ("masking", "order"), ("adapters", "model"), ("pretrained", "export"),
+    ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("pretrained", "export"),
 }  # fmt: skip
 
 

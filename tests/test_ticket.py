@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earlybert.config import EarlyBertError, SettingsError
-from earlybert.ticket import Search, Ticket, TicketSettings, distance, draw, keep
+from earlybert.ticket import Ticket, TicketSettings, distance, draw, keep
 
 widths = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
@@ -69,55 +69,6 @@ def test_independent_masks_are_at_distance_one_and_equal_masks_at_zero():
     a, b = (keep(coefficients(sizes, s), ratio=0.3, scope="global", minimum=1, multiple=1) for s in (1, 2))
     assert distance(a, b, widths=sizes) == pytest.approx(1, abs=0.05)
     assert distance(a, a, widths=sizes) == 0
-
-
-def look_at(search, step, heads, neurons, settings):
-    return search.observe(step, heads, neurons, settings=settings)
-
-
-def test_the_detector_waits_for_the_window_the_minimum_step_and_both_families():
-    settings = TicketSettings(
-        every=10, minimum_step=60, latest_step=500, neuron_multiple=1, minimum_neurons=1
-    )
-    heads, neurons = coefficients([6, 6], 1), coefficients([50, 50], 2)
-    search = Search()
-    for step in range(10, 60, 10):
-        search = look_at(search, step, heads, neurons, settings)
-        assert search.verdict is None
-    assert look_at(search, 60, heads, neurons, settings).verdict.startswith("settled")
-    restless = look_at(search, 60, heads, coefficients([50, 50], 3), settings)
-    assert restless.verdict is None
-    assert look_at(restless, 70, heads, neurons, settings).verdict is None
-
-
-def test_coefficients_that_have_not_moved_are_not_settled():
-    settings = TicketSettings(every=1, minimum_step=5, latest_step=50, neuron_multiple=1)
-    search = Search()
-    for step in range(1, 12):
-        search = look_at(search, step, [torch.ones(6)], [torch.ones(50)], settings)
-    assert search.verdict is None
-
-
-def test_the_latest_step_draws_in_any_case_and_is_always_due():
-    settings = TicketSettings(every=10, minimum_step=5, latest_step=25, neuron_multiple=1, minimum_neurons=1)
-    assert Search().due(25, settings=settings) and not Search().due(24, settings=settings)
-    search = look_at(Search(), 25, coefficients([6], 1), coefficients([50], 1), settings)
-    assert "latest step" in search.verdict
-
-
-def test_a_second_search_counts_from_the_draw_before():
-    settings = TicketSettings(every=10, minimum_step=5, latest_step=25)
-    assert not Search(began=100).due(100, settings=settings)
-    assert Search(began=100).due(110, settings=settings) and Search(began=100).due(125, settings=settings)
-
-
-def test_search_and_ticket_survive_json():
-    settings = TicketSettings(every=1, minimum_step=1, latest_step=9, neuron_multiple=1, minimum_neurons=1)
-    heads, neurons = coefficients([6, 6], 1), coefficients([50, 50], 2)
-    search = look_at(Search(), 1, heads, neurons, settings)
-    assert Search.from_json(json.loads(json.dumps(search.to_json()))) == search
-    ticket = draw(heads, neurons, settings=settings, step=9, reason="why", distances=search.distances)
-    assert Ticket.from_json(json.loads(json.dumps(ticket.to_json())), where="x") == ticket
 
 
 def test_a_ticket_whose_content_was_changed_is_refused(tmp_path):

@@ -83,7 +83,9 @@ class Folder:
 def told(lines: list[dict]) -> list[tuple]:
     """What must not depend on a stop: everything but the times."""
     return [
-        tuple((k, v) for k, v in line.items() if k not in ("tokens_per_second", "step_seconds"))
+        tuple(
+            (k, v) for k, v in line.items() if k not in ("tokens_per_second", "step_seconds", "draw_seconds")
+        )
         for line in lines
     ]
 
@@ -113,6 +115,10 @@ def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_th
     assert told(folder.metrics("broken")) == told(unbroken)
     tickets = [json.loads((runs / name / "ticket.json").read_text()) for name in ("unbroken", "broken")]
     assert tickets[0] == tickets[1]
+    reports = [runs / name / "report" for name in ("unbroken", "broken")]
+    numbers = [json.loads((report / "distances.json").read_text()) for report in reports]
+    assert numbers[0] == numbers[1] and numbers[0]["steps"] == [2, 4, 6] and numbers[0]["drawn_at"] == 6
+    assert "paused training for" in (reports[1] / "report.md").read_text()
     assert folder.run("name=broken") == [0, 0], "a finished run is finished at once"
     assert told(folder.metrics("broken")) == told(unbroken)
     if stage:
