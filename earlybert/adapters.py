@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from earlybert.config import SettingsError
 from earlybert.model import EarlyBertForPreTraining
+from earlybert.targets import Work
 
 ADDING = """\
 write where its layers keep heads and neurons and register it:
@@ -161,10 +162,21 @@ class Adapter:
         """The model with coefficients to train; raises SettingsError where it cannot have them."""
         raise NotImplementedError
 
+    def work(self, module: nn.Module) -> Work:
+        """FLOPs of a head's and a neuron's matrices for one token."""
+        raise NotImplementedError
+
     def reshaped(
-        self, config: Any, *, heads: Sequence[int], neurons: Sequence[int], coefficients: str
+        self,
+        config: Any,
+        *,
+        heads: Sequence[int],
+        neurons: Sequence[int],
+        coefficients: str,
+        layers: Sequence[int] | None = None,
     ) -> Any:
-        """A copy of the config for a model of these widths a layer."""
+        """A copy of the config for a model of these widths a layer; `layers`: which of the layers they
+        are."""
         raise NotImplementedError
 
     def dense(self, config: Any) -> Any:
@@ -204,11 +216,26 @@ class EarlyBertAdapter(Adapter):
             )
         return model
 
+    def work(self, module: nn.Module) -> Work:
+        config: Any = module.config
+        return Work(head=8.0 * config.hidden_size * config.head_size, neuron=4.0 * config.hidden_size)
+
     def reshaped(
-        self, config: Any, *, heads: Sequence[int], neurons: Sequence[int], coefficients: str
+        self,
+        config: Any,
+        *,
+        heads: Sequence[int],
+        neurons: Sequence[int],
+        coefficients: str,
+        layers: Sequence[int] | None = None,
     ) -> Any:
         values = config.to_dict()
-        values.update(heads_per_layer=list(heads), neurons_per_layer=list(neurons), coefficients=coefficients)
+        values.update(
+            num_hidden_layers=len(heads),
+            heads_per_layer=list(heads),
+            neurons_per_layer=list(neurons),
+            coefficients=coefficients,
+        )
         return type(config).from_dict(values)
 
     def dense(self, config: Any) -> Any:
@@ -262,11 +289,26 @@ class StockAdapter(Adapter):
             self._add_coefficients(model, requires_grad=True)
         return model
 
+    def work(self, module: nn.Module) -> Work:
+        width = cast(Any, module.config).hidden_size
+        matrices = self._names.neuron_sections * len(self._names.neuron_rows) + 1
+        return Work(head=8.0 * width * self._head_size, neuron=2.0 * matrices * width)
+
     def reshaped(
-        self, config: Any, *, heads: Sequence[int], neurons: Sequence[int], coefficients: str
+        self,
+        config: Any,
+        *,
+        heads: Sequence[int],
+        neurons: Sequence[int],
+        coefficients: str,
+        layers: Sequence[int] | None = None,
     ) -> Any:
         changed = type(config).from_dict(config.to_dict())
         changed._attn_implementation = config._attn_implementation  # to_dict leaves it out
+        if len(heads) != config.num_hidden_layers:
+            changed.num_hidden_layers = len(heads)
+            if getattr(config, "layer_types", None) and layers is not None:
+                changed.layer_types = [config.layer_types[layer] for layer in layers]
         changed.early_bird = {
             "heads_per_layer": list(heads),
             "neurons_per_layer": list(neurons),

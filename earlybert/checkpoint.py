@@ -31,7 +31,7 @@ import torch
 import transformers
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from earlybert import dist
+from earlybert import dist, state
 from earlybert.config import EarlyBertError, sync_folder, write_atomically
 from earlybert.engine import Engine, parameter_groups
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
@@ -109,6 +109,9 @@ def save(
         for left in folder.glob(".partial-*"):  # of saves that a crash cut short
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
+    if engine.anchor is not None:
+        hidden.mkdir(exist_ok=True)
+        torch.save(state.to_tensors(engine.anchor), _anchor(hidden))
     engine.inner.save_checkpoint(str(folder), tag=hidden.name, client_state={}, save_latest=False)
     dist.barrier()
     files = _hash_files(hidden)
@@ -225,6 +228,8 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         raise EarlyBertError(
             f"{folder}: DeepSpeed could not load it; see its message above, or remove the folder"
         )
+    anchor = _anchor(folder)
+    engine.anchor = state.from_tensors(torch.load(anchor)) if anchor.is_file() else None
     now, then = probe(engine), checkpoint.manifest.logits
     own = max(abs(a - b) for a, b in zip(now, then, strict=True))
     worst = max(dist.gather_objects(own if math.isfinite(own) else math.inf))
@@ -287,6 +292,11 @@ def probe(engine: Engine) -> list[float]:
         logits = engine.inner(input_ids=ids, masked_positions=positions).prediction_logits
     engine.inner.train(training)
     return logits.float().flatten()[:: max(1, logits.numel() // 8)][:8].tolist()
+
+
+def _anchor(folder: Path) -> Path:
+    """This rank's part of the weights that a rewind brings back, where a draw is still to come."""
+    return folder / f"anchor-rank-{dist.rank():05d}.pt"
 
 
 def same_layout(manifest: Manifest, *, stage: int, precision: str) -> None:

@@ -18,79 +18,28 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import pydantic
 import torch
 
-from earlybert import dist, mechanics, state
+from earlybert import baselines, cutting, dist, mechanics, state, targets
 from earlybert.adapters import adapter_of
 from earlybert.config import SettingsError
 from earlybert.lifecycle import check_config, empty_module, start_ranks, tear_down
-from earlybert.model import initial_value
 from earlybert.optim import Lamb
-from earlybert.penalty import LossScale, penalise
+from earlybert.penalty import LossScale, damp, penalise
+from earlybert.progress import EarlyBird, Progress
 from earlybert.search import Search
-from earlybert.shrink import (
-    Piece,
-    compose,
-    cut,
-    cut_piece,
-    cut_shape,
-    fold_map,
-    folded,
-    index_map,
-    spread,
-)
-from earlybert.ticket import Kept, Ticket, TicketSettings
+from earlybert.shrink import compose
+from earlybert.targets import Widths
+from earlybert.ticket import Ticket, TicketSettings, draw
 
 log = logging.getLogger(__name__)
 
 ParameterGroups = list[dict[str, Any]]
 _HOOKS = "_backward_hook_managers"
-_FOLD_POWER = {state.MASTER: 1, "exp_avg": -1, "exp_avg_sq": -2}
-
-
-@dataclass
-class EarlyBird:
-    """What `initialize` needs to know of the search."""
-
-    settings: TicketSettings = field(default_factory=TicketSettings)
-    seed: int = 0
-    """Seed of the initial weights (`seeded_model`), needed by `settings.start = "rewind"`."""
-    on_draw: Callable[[Engine, Ticket], None] | None = None
-    """Called on every rank right after a draw, with the new inner engine in place."""
-
-
-@dataclass
-class Progress:
-    """What the engine has decided so far; goes into a checkpoint's manifest and comes back through
-    `initialize`."""
-
-    search: Search = field(default_factory=Search)
-    tickets: tuple[Ticket, ...] = ()
-    heads: Kept | None = None
-    """Kept indices in terms of the dense model, all draws composed; None before the first draw."""
-    neurons: Kept | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "search": self.search.to_json(),
-            "tickets": [ticket.to_json() for ticket in self.tickets],
-            "heads": self.heads,
-            "neurons": self.neurons,
-        }
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any], *, where: str) -> Progress:
-        def kept(value: Any) -> Kept | None:
-            return None if value is None else tuple(tuple(layer) for layer in value)
-
-        tickets = tuple(Ticket.from_json(ticket, where=where) for ticket in values["tickets"])
-        search = Search.from_json(values["search"], where=where)
-        return Progress(search, tickets, kept(values["heads"]), kept(values["neurons"]))
 
 
 def initialize(
@@ -183,11 +132,16 @@ class Engine:
         self._loss_scale = LossScale()
         self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self.adapter = adapter_of(model)
+        self._dampers: dict[str, tuple[int, torch.Tensor]] = {}
+        self.anchor: state.State | None = None
+        """This rank's part of the weights that a rewind brings back; stored in checkpoints."""
         if bird is not None and self.searching:
-            model = self.adapter.searchable(model)
+            if bird.settings.searches:
+                model = self.adapter.searchable(model)
             if not self.progress.tickets:
                 shape = self.adapter.shape(model)
-                bird.settings.check_shape(shape.heads, shape.neurons)
+                dense = Widths(shape.heads, shape.neurons)
+                targets.check(bird.settings, dense=dense, work=self._work(model))
         self._open(model, state.from_module(model))
 
     # --- DeepSpeed's interface ---
@@ -208,7 +162,7 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Run the backward pass; the L1 term's gradient joins in the coefficients, scaled like the loss."""
-        if self.searching:
+        if self._penalised:
             loss.register_hook(self._loss_scale.record)
         return self.inner.backward(loss)
 
@@ -220,11 +174,14 @@ class Engine:
         """
         boundary = self.inner.is_gradient_accumulation_boundary()
         self.inner.step()
-        if boundary:
-            norm = self.inner.get_global_grad_norm()
-            self.grad_norm = None if norm is None else float(norm)
-        if boundary and self.searching:
-            self._look()
+        if not boundary:
+            return
+        norm = self.inner.get_global_grad_norm()
+        self.grad_norm = None if norm is None else float(norm)
+        if self._bird is not None and self.searching:
+            if self._anchors_at(self.inner.global_steps):
+                self.anchor = state.read(self.inner, moments=False)
+            self._look(self._bird)
 
     # --- the search ---
 
@@ -247,10 +204,17 @@ class Engine:
         for group in self.inner.optimizer.param_groups:
             group["lr"] = value
 
+    @property
+    def warming(self) -> float:
+        """Factor of the learning rate in the next step: below 1 while it rises again after a draw."""
+        if self._bird is None or not self.progress.tickets or not self._bird.settings.rewarmup_steps:
+            return 1.0
+        since = self.inner.global_steps + 1 - self.progress.tickets[-1].step
+        return min(1.0, since / self._bird.settings.rewarmup_steps)
+
     def coefficients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """fp32 masters of the heads' and the neurons' coefficients, one 1-D tensor a layer. Collective."""
-        layers = self.adapter.layers(self.module.config)
-        heads, neurons = [x.head_coefficients for x in layers], [x.neuron_coefficients for x in layers]
+        heads, neurons = cutting.coefficient_names(self.adapter.layers(self.module.config))
         values = state.gather(self.inner, heads + neurons)
         return [values[name] for name in heads], [values[name] for name in neurons]
 
@@ -288,46 +252,117 @@ class Engine:
 
     # --- inside ---
 
-    def _look(self) -> None:
-        assert self._bird is not None
-        settings, step = self._bird.settings, self.inner.global_steps
-        if not self.progress.search.due(step, settings=settings):
-            return
-        heads, neurons = self.coefficients()
-        self.progress.search = self.progress.search.observe(step, heads, neurons, settings=settings)
-        if self.progress.search.verdict is not None:
-            self._draw(self.progress.search.ticket(settings=settings), heads, neurons)
+    @property
+    def _penalised(self) -> bool:
+        return self.searching and self._bird is not None and self._bird.settings.searches
 
-    def _draw(self, ticket: Ticket, heads: list[torch.Tensor], neurons: list[torch.Tensor]) -> None:
+    def _work(self, module: torch.nn.Module) -> targets.Work:
+        assert self._bird is not None
+        return self._bird.work or self.adapter.work(module)
+
+    def _rules(self) -> TicketSettings:
+        """The settings with the ratios of the draw that comes next."""
+        assert self._bird is not None
+        shape, tickets = self.adapter.shape(self.module), self.progress.tickets
+        now = Widths(shape.heads, shape.neurons)
+        dense = Widths(tickets[0].head_widths, tickets[0].neuron_widths) if tickets else now
+        settings, work = self._bird.settings, self._work(self.module)
+        return targets.resolved(settings, now=now, dense=dense, draw=len(tickets) + 1, work=work)
+
+    def _anchors_at(self, step: int) -> bool:
+        """True where the weights after `step` are those that a rewind brings back."""
+        bird = self._bird
+        return (
+            bird is not None
+            and self.searching
+            and not self.progress.tickets
+            and bird.settings.start == "rewind"
+            and bird.settings.rewind_step == step
+        )
+
+    def _look(self, bird: EarlyBird) -> None:
+        step, search = self.inner.global_steps, self.progress.search
+        if not bird.settings.searches:
+            if step - search.began == bird.settings.latest_step:
+                self._draw(self._baseline(bird, step))
+        elif search.due(step, settings=bird.settings):
+            rules = self._rules()
+            self.progress.search = search.observe(step, *self.coefficients(), settings=rules)
+            self._watch_mask(bird)
+            if self.progress.search.verdict is not None:
+                self._draw(self.progress.search.ticket(settings=rules))
+
+    def _watch_mask(self, bird: EarlyBird) -> None:
+        """Note which weights' gradients are damped until the next look."""
+        search = self.progress.search
+        if bird.settings.damping < 1 and search.steps:
+            look = len(search.steps) - 1
+            self._dampers = cutting.dampers(
+                self.adapter.layers(self.module.config),
+                self.adapter.shape(self.module),
+                heads=search.heads.kept(look),
+                neurons=search.neurons.kept(look),
+                factor=bird.settings.damping,
+            )
+
+    def _baseline(self, bird: EarlyBird, step: int) -> Ticket:
+        """The ticket of a baseline. Collective."""
+        shape, rules, kind = self.adapter.shape(self.module), self._rules(), bird.settings.kind
+        if kind == "layerdrop":
+            return baselines.layerdrop_ticket(shape.heads, shape.neurons, settings=rules, step=step)
+        widths = {"heads": shape.heads, "neurons": shape.neurons}
+        if kind == "random":
+            number = len(self.progress.tickets)
+            scores = {
+                family: baselines.random_scores(own, seed=bird.seed, family=family, draw=number)
+                for family, own in widths.items()
+            }
+        else:
+            layers = self.adapter.layers(self.module.config)
+            norms = state.unit_norms(
+                self.inner,
+                {f"{family} {i}": width for family, own in widths.items() for i, width in enumerate(own)},
+                [
+                    (f"{family} {i}", name, unit)
+                    for i, layer in enumerate(layers)
+                    for family, name, unit in baselines.units_of(layer, head_size=shape.head_size)
+                ],
+            )
+            scores = {
+                family: [norms[f"{family} {i}"] for i in range(len(own))] for family, own in widths.items()
+            }
+        return draw(scores["heads"], scores["neurons"], settings=rules, step=step, reason=kind)
+
+    def _draw(self, ticket: Ticket) -> None:
         """Shrink to the ticket. Collective; nothing is cut before all ranks hold the same ticket."""
         assert self._bird is not None
         dist.agree(ticket.sha256, what="the ticket")
         settings, config = self._bird.settings, self.module.config
+        old = self.adapter.layers(config)
         last = len(self.progress.tickets) + 1 >= settings.draws
         clock = _Clock()
-        kept, rates = self._cut_state(ticket, heads, neurons, last=last), _Rates(self.inner)
+        kept, rates = self._cut_state(ticket, last=last), _Rates(self.inner)
         clock.lap("read")
+        bare = self.adapter.shape(self.module).coefficients == "none"
         self.close()
         clock.lap("tear_down")
-        mode = "train" if not last else {"fold": "none"}.get(settings.coefficients, settings.coefficients)
-        before = self.progress
+        after = {"fold": "none"}.get(settings.coefficients, settings.coefficients) if last else "train"
+        before, mode = self.progress, "none" if bare else after
         self.progress = Progress(
             search=Search(began=ticket.step),
             tickets=(*before.tickets, ticket),
             heads=ticket.heads if before.heads is None else compose(before.heads, ticket.heads),
             neurons=ticket.neurons if before.neurons is None else compose(before.neurons, ticket.neurons),
         )
-        module = self._build(
-            self.adapter.reshaped(
-                config,
-                heads=[len(kept_heads) for kept_heads in ticket.heads],
-                neurons=[len(kept_neurons) for kept_neurons in ticket.neurons],
-                coefficients=mode,
-            )
-        )
-        clock.lap("build")
+        small = cutting.small_config(self.adapter, config, ticket, coefficients=mode)
+        new, names = self.adapter.layers(small), cutting.all_coefficients(old)
+        cuts = cutting.ticket_cuts(old, ticket, head_size=self._head_size)
+        drop = names if mode == "none" else []
+        cutting.settle(kept, cuts, old=old, new=new, heads=ticket.heads, drop=drop)
         if settings.start == "rewind":
-            self._rewind(kept, module.config)
+            self.anchor = None if last else state.transformed(kept, lambda *given: given[3])
+        module = self._build(small)
+        clock.lap("build")
         self._open(module, kept)
         rates.restore(self.inner)
         clock.lap("initialize")
@@ -335,65 +370,27 @@ class Engine:
         if self._bird.on_draw is not None:
             self._bird.on_draw(self, ticket)
 
-    def _cut_state(
-        self, ticket: Ticket, heads: list[torch.Tensor], neurons: list[torch.Tensor], *, last: bool
-    ) -> state.State:
-        """Read the state, cut to the ticket, with folded coefficients and reset moments where the settings
-        say so."""
+    def _cut_state(self, ticket: Ticket, *, last: bool) -> state.State:
+        """The state, or that of the step to rewind to, cut to the ticket; with folded coefficients and reset
+        moments where the settings say so. Collective."""
         assert self._bird is not None
-        settings, config = self._bird.settings, self.module.config
-        layers = self.adapter.layers(config)
-        names = [x.head_coefficients for x in layers] + [x.neuron_coefficients for x in layers]
-        values = dict(zip(names, [*heads, *neurons], strict=True))
-        cuts = index_map(
+        settings, shape = self._bird.settings, self.adapter.shape(self.module)
+        layers = self.adapter.layers(self.module.config)
+        names = cutting.all_coefficients(layers) if shape.coefficients != "none" else []
+        anchor = self.anchor if settings.start == "rewind" else None
+        values = state.gather(self.inner, names) if anchor is None else state.whole(anchor, names)
+        transform = cutting.cutter(
             layers,
-            ticket.heads,
-            ticket.neurons,
-            head_size=self.adapter.shape(self.module).head_size,
-            head_widths=ticket.head_widths,
-            neuron_widths=ticket.neuron_widths,
+            cutting.ticket_cuts(layers, ticket, head_size=shape.head_size),
+            values,
+            fold=settings.coefficients == "fold",
+            still=last and settings.coefficients == "freeze",
         )
-        fold = settings.coefficients == "fold"
-        folds = fold_map(layers, values) if fold else {}
-
-        def transform(name: str, key: str, shape: tuple[int, ...], piece: Piece) -> Piece:
-            if name in folds and piece.values.numel():
-                factor = spread(folds[name], shape, piece)
-                piece = Piece(piece.start, folded(piece.values, factor, power=_FOLD_POWER[key]))
-            elif fold and name in values:
-                # Its value now stands in the weights: the next search starts from 1.
-                piece = Piece(piece.start, torch.full_like(piece.values, 1.0 if key == state.MASTER else 0.0))
-            return cut_piece(piece, shape, cuts.get(name))
-
-        kept = state.read(self.inner, transform=transform)
-        kept.shapes = {name: cut_shape(shape, cuts.get(name)) for name, shape in kept.shapes.items()}
-        if settings.moments == "reset":
-            kept.step = None
-        if fold and last:
-            for name in names:
-                del kept.shapes[name], kept.pieces[name]
+        if anchor is None:
+            return state.read(self.inner, transform=transform, moments=settings.moments == "keep")
+        kept = state.transformed(anchor, transform)
+        kept.counters = state.counters(self.inner)
         return kept
-
-    def _rewind(self, kept: state.State, config: Any) -> None:
-        """Replace the masters by the dense model's initial values, cut to what stays."""
-        assert (
-            self._bird is not None and self.progress.heads is not None and self.progress.neurons is not None
-        )
-        first = self.progress.tickets[0]
-        cuts = index_map(
-            self.adapter.layers(config),
-            self.progress.heads,
-            self.progress.neurons,
-            head_size=config.head_size,
-            head_widths=first.head_widths,
-            neuron_widths=first.neuron_widths,
-        )
-        dense = config.dense()
-        for name, held in kept.pieces.items():
-            whole = cut(initial_value(name, dense, seed=self._bird.seed), cuts.get(name)).float().view(-1)
-            old = held[state.MASTER]
-            new = whole[old.start : old.start + old.values.numel()].clone()
-            held[state.MASTER] = Piece(old.start, new)
 
     def _build(self, config: Any) -> torch.nn.Module:
         """A fresh module of this shape; its values do not matter, the state comes from `seed`."""
@@ -420,18 +417,57 @@ class Engine:
             raise SettingsError(f"{self._where}: DeepSpeed refuses it: {error}") from error
         self.inner = inner
         self.adapter.attach(module)
-        for name, parameter in module.named_parameters():
-            if name.endswith(".coefficients"):
-                if frozen:
-                    parameter.register_hook(torch.zeros_like)
-                elif self.searching:
-                    assert self._bird is not None
-                    parameter.register_hook(
-                        penalise(parameter, self._bird.settings.penalty, self._loss_scale)
-                    )
+        self._head_size = self.adapter.shape(module).head_size
+        self._hook(module, frozen=frozen)
         if isinstance(base := getattr(inner.optimizer, "optimizer", inner.optimizer), Lamb):
             base.attach(state.segments(inner))
         state.seed(inner, start)
+        if self._anchors_at(inner.global_steps):
+            self.anchor = state.read(inner, moments=False)
+
+    def _hook(self, module: torch.nn.Module, *, frozen: bool) -> None:
+        """Set what the search and its settings do to gradients, layers and the learning rate."""
+        bird = self._bird
+        for name, parameter in module.named_parameters():
+            if frozen and name.endswith(".coefficients"):
+                parameter.register_hook(torch.zeros_like)
+        if bird is None:
+            return
+        for name, parameter in module.named_parameters():
+            if name.endswith(".coefficients"):
+                if self._penalised:
+                    parameter.register_hook(penalise(parameter, bird.settings.penalty, self._loss_scale))
+            elif self._penalised and bird.settings.damping < 1:
+                parameter.register_hook(damp(name, lambda: self._dampers))
+        self._dampers = {}
+        if self._penalised:
+            self._watch_mask(bird)
+        if self.searching and bird.settings.kind == "layerdrop":
+            layers = self.adapter.layers(module.config)
+            baselines.drop_layers(module, layers, probability=bird.settings.layerdrop)
+        if bird.settings.rewarmup_steps and self.progress.tickets:
+            base = getattr(self.inner.optimizer, "optimizer", self.inner.optimizer)
+            _warm_up(base, lambda: self.warming)
+
+
+def _warm_up(optimizer: torch.optim.Optimizer, factor: Callable[[], float]) -> None:
+    """Scale the learning rate by `factor()` inside each step only, so that every scheduler goes on untouched.
+
+    ZeRO steps group by group with the groups swapped: what is scaled before a step is restored after it.
+    """
+    rates: list[tuple[dict[str, Any], float]] = []
+
+    def before(own: torch.optim.Optimizer, *_: Any) -> None:
+        rates[:] = [(group, group["lr"]) for group in own.param_groups]
+        for group, rate in rates:
+            group["lr"] = rate * factor()
+
+    def after(*_: Any) -> None:
+        for group, rate in rates:
+            group["lr"] = rate
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from earlybert import mechanics
+from earlybert import mechanics, targets
 from earlybert.config import SettingsError, as_dict, override, parse, read_toml
 from earlybert.data import DataSettings
 from earlybert.model import EarlyBertConfig
@@ -172,8 +172,8 @@ class Experiment:
                 f"{self.model.positions}; raise model.positions to {longest}"
             )
         if self.ticket.enabled:
-            neurons = self.model.neurons or 4 * self.model.hidden
-            self.ticket.check_shape([self.model.heads] * self.model.layers, [neurons] * self.model.layers)
+            if self.ticket.budget is None:  # what a budget counts depends on the corpus' vocabulary
+                targets.check(self.ticket, dense=self.dense_widths, work=targets.Work(1, 1))
             steps = sum(phase.steps for phase in self.phases)
             if self.ticket.draws * self.ticket.latest_step > steps:
                 raise SettingsError(
@@ -181,6 +181,12 @@ class Experiment:
                     f"{self.ticket.draws} lies past the run's {steps} steps; the last draw might never "
                     "come: lower ticket.latest_step"
                 )
+
+    @property
+    def dense_widths(self) -> targets.Widths:
+        """Heads and neurons of each layer before a draw."""
+        neurons = self.model.neurons or 4 * self.model.hidden
+        return targets.Widths((self.model.heads,) * self.model.layers, (neurons,) * self.model.layers)
 
     @property
     def folder(self) -> Path:

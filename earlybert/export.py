@@ -34,7 +34,7 @@ from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError, read_toml, sync_folder
 from earlybert.engine import Progress
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
-from earlybert.shrink import index_map, uncut, without_coefficients
+from earlybert.shrink import index_map, present, uncut, without_coefficients
 from earlybert.ticket import Kept
 
 Form = Literal["compact", "dense"]
@@ -157,8 +157,8 @@ def dense_weights(source: Source) -> dict[str, torch.Tensor]:
         return weights
     cuts = index_map(
         layers,
-        source.heads,
-        source.neurons,
+        present(source.heads),
+        present(source.neurons),
         head_size=config.head_size,
         head_widths=[config.num_attention_heads] * len(layers),
         neuron_widths=[config.intermediate_size] * len(layers),

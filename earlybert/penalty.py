@@ -5,7 +5,7 @@ So the reported loss is the model's own, and lambda depends on neither accumulat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -35,5 +35,21 @@ def penalise(
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         assert scale.value is not None and parameter.shape == gradient.shape
         return gradient + (penalty * scale.value).to(gradient.dtype) * parameter.detach().sign()
+
+    return hook
+
+
+def damp(
+    name: str, dampers: Callable[[], Mapping[str, tuple[int, torch.Tensor]]]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A gradient hook that scales rows or columns of `name` by what `dampers()` says at that time."""
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        found = dampers().get(name)
+        if found is None:
+            return gradient
+        dim, vector = found
+        shape = [-1 if place == dim else 1 for place in range(gradient.ndim)]
+        return gradient * vector.to(gradient).view(shape)
 
     return hook

@@ -22,7 +22,7 @@ from earlybert.config import EarlyBertError
 from earlybert.engine import Engine
 from earlybert.export import MARK, Form, new_folder, refuse_difference
 from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining
-from earlybert.shrink import index_map, uncut, without_coefficients
+from earlybert.shrink import index_map, present, uncut, without_coefficients
 
 
 def save(engine: Engine, to: str | Path, *, form: Form = "compact") -> float:
@@ -81,17 +81,17 @@ def _write(engine: Engine, weights: dict[str, torch.Tensor], to: Path, *, form: 
             written = trained
         else:
             layers = adapter.layers(config)
-            weights = without_coefficients(layers, weights)
-            progress = engine.progress
+            weights, progress = without_coefficients(layers, weights), engine.progress
             if progress.heads is not None and progress.neurons is not None:
                 first = progress.tickets[0]
+                left = [layer for layer, heads in enumerate(progress.heads) if heads]
                 cuts = index_map(
                     layers,
-                    progress.heads,
-                    progress.neurons,
+                    present(progress.heads),
+                    present(progress.neurons),
                     head_size=adapter.shape(trained).head_size,
-                    head_widths=first.head_widths,
-                    neuron_widths=first.neuron_widths,
+                    head_widths=[first.head_widths[layer] for layer in left],
+                    neuron_widths=[first.neuron_widths[layer] for layer in left],
                 )
                 weights = {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
             written = _filled(adapter, adapter.dense(config), weights)

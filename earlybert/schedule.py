@@ -95,6 +95,12 @@ def total_steps(phases: tuple[PhaseSettings, ...]) -> int:
     return sum(phase.steps for phase in phases)
 
 
+def mean_length(phases: tuple[PhaseSettings, ...]) -> float:
+    """Sequence length, weighted by the tokens that are trained at it."""
+    tokens = [phase.steps * phase.batch * phase.sequence_length for phase in phases]
+    return sum(t * phase.sequence_length for t, phase in zip(tokens, phases, strict=True)) / sum(tokens)
+
+
 def at(step: int, *, phases: tuple[PhaseSettings, ...]) -> At:
     """Where optimizer step `step` (counted from 0) stands in the phases; IndexError past the end."""
     first = 0

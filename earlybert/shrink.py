@@ -13,7 +13,7 @@ matrix has such rows once in each of its sections. Which parameters these are, t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,8 +172,39 @@ def folded(values: torch.Tensor, coefficient: torch.Tensor, *, power: int) -> to
 
 
 def compose(outer: Kept, inner: Kept) -> Kept:
-    """Indices of the dense model that stay after `outer` and then, counted within what it left, `inner`."""
-    return tuple(tuple(o[i] for i in ins) for o, ins in zip(outer, inner, strict=True))
+    """Indices of the dense model that stay after `outer` and then, counted within what it left, `inner`.
+
+    A layer that `outer` removed stays empty; `inner` has none for it.
+    """
+    left = iter(inner)
+    found = tuple(tuple(o[i] for i in next(left)) if o else () for o in outer)
+    assert next(left, None) is None
+    return found
+
+
+def present(kept: Kept) -> Kept:
+    """Without the layers that were removed."""
+    return tuple(units for units in kept if units)
+
+
+def renames(
+    names: Iterable[str], old: Sequence[Layer], new: Sequence[Layer], kept: Kept
+) -> dict[str, str | None]:
+    """{parameter: its name in the model of the layers that kept any unit}, None where its layer went.
+
+    `old` and `new`: the layers of the large and of the small model.
+    """
+    left = iter(new)
+    modules = {
+        layer.module: next(left).module if units else None for layer, units in zip(old, kept, strict=True)
+    }
+    found: dict[str, str | None] = {}
+    for name in names:
+        found[name] = name
+        for before, after in modules.items():
+            if name.startswith(f"{before}."):
+                found[name] = None if after is None else after + name[len(before) :]
+    return found
 
 
 def _within(kept: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -33,7 +33,9 @@ from earlybert import dist
 from earlybert.optim import Segment, Segments
 from earlybert.shrink import Piece
 
+UnitsOf = tuple[str, str, Callable[[torch.Tensor, Sequence[int]], torch.Tensor]]
 MASTER = "master"
+NOTHING = Piece(0, torch.empty(0))
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK = 2**22
 """Elements of all parameters that one exchange of a seed moves, over all ranks."""
@@ -86,23 +88,25 @@ def from_module(module: torch.nn.Module) -> State:
     return State(shapes, pieces)
 
 
-def read(
-    engine: Any, *, transform: Callable[[str, str, tuple[int, ...], Piece], Piece] | None = None
-) -> State:
+Transform = Callable[[str, str, tuple[int, ...], Piece], Piece]
+"""(parameter, "master" or moment, whole shape, piece) -> piece, cut or scaled."""
+
+
+def read(engine: Any, *, transform: Transform | None = None, moments: bool = True) -> State:
     """Copy what this rank owns to host memory, one piece at a time; no communication.
 
-    `transform(parameter, key, shape, piece)` may cut or scale a piece before it is copied; `shapes` stay
-    those of the engine, so a caller that cuts replaces them. Must run at an optimizer-step boundary (no
+    `transform` may cut or scale a piece before it is copied; `shapes` stay those of the engine, so a caller
+    that cuts replaces them. Without `moments` the masters alone. Must run at an optimizer-step boundary (no
     gradients pending).
     """
     layout = _layout(engine)
-    step = _step_counter(layout)
-    state = State(shapes=_shapes(engine.module), pieces={}, step=step, counters=_read_counters(engine))
+    step = _step_counter(layout) if moments else None
+    state = State(shapes=_shapes(engine.module), pieces={}, step=step, counters=counters(engine))
     for name, fragment in layout.fragments().items():
         held: dict[str, Piece] = {}
         for key in state.keys:
             if fragment is None:
-                piece = Piece(0, torch.empty(0))
+                piece = NOTHING
             else:
                 values = fragment.master if key == MASTER else fragment.moment(layout.states, key)
                 piece = Piece(fragment.start, values.detach())
@@ -113,6 +117,52 @@ def read(
     if layout.replicated:
         _keep_share(state)
     return state
+
+
+def transformed(state: State, transform: Transform) -> State:
+    """The state with each piece cut or scaled; `shapes` stay."""
+    pieces = {
+        name: {key: transform(name, key, state.shapes[name], piece) for key, piece in held.items()}
+        for name, held in state.pieces.items()
+    }
+    return State(dict(state.shapes), pieces, state.step, dict(state.counters))
+
+
+def to_tensors(state: State) -> dict[str, Any]:
+    """A state without moments, as what `torch.load` reads without trusting anyone."""
+    return {
+        "shapes": {name: list(shape) for name, shape in state.shapes.items()},
+        "starts": {name: held[MASTER].start for name, held in state.pieces.items()},
+        "masters": {name: held[MASTER].values for name, held in state.pieces.items()},
+    }
+
+
+def from_tensors(values: Mapping[str, Any]) -> State:
+    """The reverse of `to_tensors`."""
+    pieces = {
+        name: {MASTER: Piece(values["starts"][name], master)} for name, master in values["masters"].items()
+    }
+    return State({name: tuple(shape) for name, shape in values["shapes"].items()}, pieces)
+
+
+def unit_norms(engine: Any, widths: Mapping[str, int], units: Iterable[UnitsOf]) -> dict[str, torch.Tensor]:
+    """L2 norm of all weights of each unit, {group: [units]}, the same on every rank. Collective (one sum).
+
+    `widths`: units of each group; `units`: (group, parameter, flat elements and shape -> their unit in it).
+    """
+    layout, shapes = _layout(engine), _shapes(engine.module)
+    fragments = layout.fragments()
+    squares = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
+    for group, name, unit in units:
+        fragment = fragments[name]
+        if fragment is None or (layout.replicated and dist.rank() > 0):
+            continue
+        values = fragment.master.detach().cpu().double().square()
+        flat = torch.arange(fragment.start, fragment.start + values.numel())
+        squares[group].index_add_(0, unit(flat, shapes[name]), values)
+    whole = dist.sum_over_ranks(torch.cat(list(squares.values())).to(dist.collective_device())).cpu()
+    parts = whole.sqrt().split([part.numel() for part in squares.values()])
+    return dict(zip(squares, parts, strict=True))
 
 
 def seed(engine: Any, state: State) -> None:
@@ -163,6 +213,17 @@ def gather(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
         dist.sum_over_ranks(flat).cpu().split(sizes)
     )  # exact: each element has one owner, the rest adds zeros
     return {name: part.view(shapes[name]).clone() for name, part in zip(wanted, whole, strict=True)}
+
+
+def whole(state: State, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Whole masters of some small parameters of a state, on the host. Collective."""
+    bounds = _bounds(state)
+    return {
+        name: _whole(state.pieces[name][MASTER], bounds[name], device=dist.collective_device())
+        .cpu()
+        .view(state.shapes[name])
+        for name in names
+    }
 
 
 def segments(engine: Any) -> dict[torch.Tensor, Segments]:
@@ -364,12 +425,13 @@ def _fresh_step(optimizer: torch.optim.Optimizer, owner: torch.Tensor, step: flo
     return torch.tensor(step, dtype=torch.float32, device=owner.device if fused else "cpu")
 
 
-def _read_counters(engine: Any) -> dict[str, Any]:
-    counters = {key: getattr(engine, key) for key in ("global_steps", "global_samples", "skipped_steps")}
+def counters(engine: Any) -> dict[str, Any]:
+    """The engine's step counters and its loss scaler."""
+    found = {key: getattr(engine, key) for key in ("global_steps", "global_samples", "skipped_steps")}
     for key in ("loss_scaler", "loss_scale_config"):
         if getattr(engine.optimizer, key, None) is not None:
-            counters[key] = getattr(engine.optimizer, key)
-    return counters
+            found[key] = getattr(engine.optimizer, key)
+    return found
 
 
 def _write_counters(engine: Any, counters: Mapping[str, Any]) -> None:

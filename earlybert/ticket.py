@@ -32,12 +32,22 @@ class TicketSettings:
 
     enabled: bool = True
     """Search and draw; false trains the dense model without coefficients."""
+    kind: Literal["early-bird", "random", "magnitude", "layerdrop"] = "early-bird"
+    """How the units that stay are chosen: by the search, or as a baseline drawn at `latest_step`: any units,
+    those with the largest weights, or all units of evenly spaced layers (`layer_ratio`, `layerdrop`)."""
     penalty: float = 1e-4
     """lambda of the L1 term lambda * sum |c| (docs/method.md section 1)."""
     head_ratio: float = 1 / 3
     """Share of the attention heads to remove (the paper's 4 of 12)."""
     neuron_ratio: float = 0.3
     """Share of the FFN intermediate neurons to remove."""
+    heads_kept: int | None = None
+    """Heads that stay, in place of `head_ratio`: in each layer, or in all layers with scope "global"."""
+    neurons_kept: int | None = None
+    """Neurons that stay, in place of `neuron_ratio`: in each layer, or in all layers with scope "global"."""
+    budget: float | None = None
+    """FLOPs of the small model's step over the dense one's, in place of both ratios: the same share of heads
+    and of neurons goes."""
     head_scope: Literal["layer", "global"] = "layer"
     """Rank the heads within each layer or over all layers."""
     neuron_scope: Literal["layer", "global"] = "global"
@@ -68,17 +78,30 @@ class TicketSettings:
     draws: int = 1
     """Draws in one run; each searches anew on the model that the one before left."""
     start: Literal["keep", "rewind"] = "keep"
-    """Weights after the draw: those of the drawing step, or the initial ones, regenerated from the seed."""
+    """Weights after the draw: those of the drawing step, or those of `rewind_step`."""
+    rewind_step: int = 0
+    """Optimizer step whose weights a rewind brings back; 0 are the initial ones."""
     coefficients: Literal["fold", "freeze", "train"] = "fold"
     """Coefficients after the last draw: folded into the weights, kept but frozen, or trained on without
     penalty."""
     moments: Literal["reset", "keep"] = "reset"
     """Optimizer moments after the draw."""
+    rewarmup_steps: int = 0
+    """Steps after a draw over which the learning rate rises linearly back to its schedule."""
+    damping: float = 1.0
+    """Factor of the weight gradients of units outside the newest mask while the search lasts; 1 is off. Their
+    coefficients learn on, so a unit can come back."""
+    layer_ratio: float = 1 / 3
+    """kind "layerdrop": share of the layers that the draw removes."""
+    layerdrop: float = 0.2
+    """kind "layerdrop": probability with which a layer is passed by while the search lasts."""
 
     def __post_init__(self) -> None:
         for name in ("head_ratio", "neuron_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"ticket.{name} = {getattr(self, name)}: must lie in [0, 1)")
+        self._check_targets()
+        self._check_start()
         for name in (
             "minimum_heads",
             "minimum_neurons",
@@ -106,6 +129,54 @@ class TicketSettings:
                 "need 0 < minimum_step <= latest_step"
             )
 
+    def _check_targets(self) -> None:
+        for name in ("heads_kept", "neurons_kept"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"ticket.{name} = {value}: must be at least 1")
+            if value is not None and self.budget is not None:
+                raise SettingsError(f"ticket.{name} and ticket.budget are both set; use one of them")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise SettingsError(f"ticket.budget = {self.budget}: must lie in (0, 1]")
+        if not 0 < self.layer_ratio <= 0.5:
+            raise SettingsError(f"ticket.layer_ratio = {self.layer_ratio}: must lie in (0, 0.5]")
+        if not 0 <= self.layerdrop < 1:
+            raise SettingsError(f"ticket.layerdrop = {self.layerdrop}: must lie in [0, 1)")
+        if self.kind == "layerdrop" and self.draws > 1:
+            raise SettingsError('ticket.kind = "layerdrop" removes its layers in one draw; use draws = 1')
+
+    def _check_start(self) -> None:
+        if self.rewarmup_steps < 0:
+            raise SettingsError(f"ticket.rewarmup_steps = {self.rewarmup_steps}: must not be negative")
+        if not 0 <= self.damping <= 1:
+            raise SettingsError(f"ticket.damping = {self.damping}: must lie in [0, 1]")
+        if self.damping < 1 and self.kind != "early-bird":
+            raise SettingsError(f'ticket.damping = {self.damping} needs a search; use kind = "early-bird"')
+        if not 0 <= self.rewind_step < self.latest_step:
+            raise SettingsError(
+                f"ticket.rewind_step = {self.rewind_step}: must lie in [0, ticket.latest_step = "
+                f"{self.latest_step})"
+            )
+        if self.rewind_step and self.start != "rewind":
+            raise SettingsError(
+                f'ticket.rewind_step = {self.rewind_step} needs ticket.start = "rewind"; set both or none'
+            )
+        if self.rewind_step >= self.minimum_step and self.kind == "early-bird" and self.start == "rewind":
+            raise SettingsError(
+                f"ticket.rewind_step = {self.rewind_step}: the draw may come at ticket.minimum_step = "
+                f"{self.minimum_step} already; rewind to a step before it"
+            )
+        if self.start == "rewind" and self.moments == "keep":
+            raise SettingsError(
+                'ticket.moments = "keep" with ticket.start = "rewind": the moments of the drawing step do '
+                'not belong to the weights of another one; use moments = "reset"'
+            )
+
+    @property
+    def searches(self) -> bool:
+        """True where coefficients are learned; the baselines need none."""
+        return self.kind == "early-bird"
+
     def check_shape(self, heads: Sequence[int], neurons: Sequence[int]) -> None:
         """Raise SettingsError if a draw from layers of these widths would leave a layer with too little."""
         families: tuple[tuple[str, Sequence[int], float, str, int, int], ...] = (
@@ -120,7 +191,7 @@ class TicketSettings:
             ),
         )
         for family, widths, ratio, scope, minimum, multiple in families:
-            least = [_floor(width, minimum, multiple) for width in widths]
+            least = [least_width(width, minimum, multiple) for width in widths]
             if scope == "layer":
                 for layer, width in enumerate(widths):
                     if width - round(ratio * width) < 1:
@@ -293,7 +364,7 @@ def distance(a: Kept, b: Kept, *, widths: Sequence[int]) -> float:
     return differing / total / chance if chance else 0.0
 
 
-def _floor(width: int, minimum: int, multiple: int) -> int:
+def least_width(width: int, minimum: int, multiple: int) -> int:
     """The least width that a layer of `width` units may keep: a multiple that is at least `minimum`, or
     all."""
     return min(width, -(-minimum // multiple) * multiple)
@@ -302,7 +373,7 @@ def _floor(width: int, minimum: int, multiple: int) -> int:
 def _round_widths(wanted: list[int], widths: list[int], *, minimum: int, multiple: int) -> list[int]:
     """Round each wanted width down to a multiple, then hand the remainder out, largest remainder first."""
     counts = [
-        min(width, max(_floor(width, minimum, multiple), want // multiple * multiple))
+        min(width, max(least_width(width, minimum, multiple), want // multiple * multiple))
         for want, width in zip(wanted, widths, strict=True)
     ]
     order = sorted(range(len(wanted)), key=lambda layer: (counts[layer] - wanted[layer], layer))
@@ -319,7 +390,7 @@ def _global_counts(values: list[torch.Tensor], *, total: int, minimum: int, mult
     `values[layer]`: |c| descending. Ties go to the lower layer, then to the lower index.
     """
     widths = [v.numel() for v in values]
-    least = [_floor(width, minimum, multiple) for width in widths]
+    least = [least_width(width, minimum, multiple) for width in widths]
     rest = torch.cat([v[low:] for v, low in zip(values, least, strict=True)])
     layer_of = torch.cat(
         [

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from earlybert import checkpoint, dist, mechanics, report, run, schedule
+from earlybert import checkpoint, dist, mechanics, report, run, schedule, targets
 from earlybert.config import EarlyBertError
 from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches
 from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
@@ -92,6 +92,7 @@ class _Trainer:
         self.monitor: Monitor | None = None
         self.memory = _Memory()
         self.stop_requested = False
+        self.warming = 1.0
         run.check_cores()
         for phase in range(len(experiment.phases)):
             check_config(self._deepspeed_config(phase), where=experiment.deepspeed)
@@ -114,6 +115,8 @@ class _Trainer:
             for split in ("train", "held_out")
             for length in sorted({phase.sequence_length for phase in experiment.phases})
         }
+        if experiment.ticket.enabled:
+            targets.check(experiment.ticket, dense=experiment.dense_widths, work=self._work())
         corpus = self.corpus.manifest.content
         self.claim = run.claim(experiment, corpus=corpus, where=where)
         self.folder = self.claim.folder
@@ -194,6 +197,7 @@ class _Trainer:
         began = time.perf_counter()
         engine, device = self.engine, self._device()
         engine.learning_rate = at.learning_rate
+        self.warming = engine.warming
         accumulation = at.settings.accumulation(world_size=dist.world_size())
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for micro in range(accumulation):
@@ -290,7 +294,7 @@ class _Trainer:
             dense = settings.model.config(
                 vocab_size=self.corpus.manifest.vocab_size,
                 next_sentence=settings.data.objective != "mlm",
-                coefficients="train" if settings.ticket.enabled else "none",
+                coefficients="train" if settings.ticket.enabled and settings.ticket.searches else "none",
             )
             model, progress = seeded_model(dense, seed=settings.seed), Progress()
         else:
@@ -300,7 +304,7 @@ class _Trainer:
         engine = initialize(
             model=model,
             config=self._deepspeed_config(self.phase),
-            early_bird=EarlyBird(settings=settings.ticket, seed=settings.seed),
+            early_bird=EarlyBird(settings=settings.ticket, seed=settings.seed, work=self._work()),
             optimizer=self._optimizer,
             weight_decay=settings.optimizer.weight_decay,
             progress=progress,
@@ -312,6 +316,15 @@ class _Trainer:
                 _Sums(**stored["sums"]), stored["trained_seconds"], dict(stored["eval_losses"])
             )
         return engine
+
+    def _work(self) -> targets.Work:
+        return targets.bert_work(
+            hidden=self.experiment.model.hidden,
+            heads=self.experiment.model.heads,
+            vocabulary=self.corpus.manifest.vocab_size,
+            sequence_length=schedule.mean_length(self.experiment.phases),
+            predicted=self.experiment.data.mask_probability,
+        )
 
     def _check_shards(self) -> None:
         """Raise EarlyBertError on every rank where a shard's checksum is off; the ranks share the hashing."""
@@ -383,7 +396,7 @@ class _Trainer:
             "phase": self.phase,
             "loss": sums.loss / sums.micro_batches,
             "mlm_accuracy": sums.correct / max(1.0, sums.counted),
-            "lr": at.learning_rate,
+            "lr": at.learning_rate * self.warming,
             "grad_norm": engine.grad_norm,
             "tokens_per_second": sums.tokens / sums.seconds,
             "step_seconds": sums.seconds / sums.steps,
@@ -417,6 +430,13 @@ class _Trainer:
         ticket, seconds = self.engine.ticket, self.engine.draw_seconds
         assert ticket is not None
         parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        work, dense = self._work(), self.experiment.dense_widths
+        small = [len(heads) for heads in ticket.heads], [len(neurons) for neurons in ticket.neurons]
+        share = work.of(*small) / work.of(dense.heads, dense.neurons)
+        self._say(
+            f"the small model's step has {share:.3f} of the dense one's FLOPs (encoder matrices, scores, "
+            "masked-LM head)"
+        )
         self._say(f"drew the ticket at {ticket}; pause {sum(seconds.values()):.2f} s ({parts})")
         if self.monitor is not None:
             self._write_ticket()

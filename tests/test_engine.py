@@ -16,7 +16,7 @@ from earlybert.shrink import cut
 
 FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 """DeepSpeed's own question whether this CPU computes in fp16."""
-VARIANTS = [("keep", "train"), ("reset", "freeze")]
+VARIANTS = [("keep", "train"), ("reset", "freeze"), ("keep", "freeze")]
 """Moments and coefficients after the draw."""
 
 
@@ -140,7 +140,8 @@ def many_draws(stage, precision):
 
 def two_draws(stage, precision, start):
     """Two draws with odd sizes, the second counted in terms of the dense model too."""
-    settings = tiny.settings(draws=2, start=start, moments="keep", latest_step=4)
+    moments = "reset" if start == "rewind" else "keep"
+    settings = tiny.settings(draws=2, start=start, moments=moments, latest_step=4)
     engine = tiny.engine(stage, precision, settings, clipping=1.0)
     losses = tiny.train(engine, range(8))
     kept = engine.progress

@@ -10,9 +10,9 @@ FLOORS = {
     0: {"config", "dist", "shards", "mechanics"},
     1: {
         "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
-        "adapters",
+        "adapters", "targets", "baselines",
     },
-    2: {"shrink", "state", "experiment"},
+    2: {"shrink", "state", "experiment", "cutting", "progress"},
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
     5: {"export", "pretrained"},
@@ -28,7 +28,9 @@ GROUND = "config"
 SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
-    ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("pretrained", "export"),
+    ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
+    ("adapters", "targets"), ("baselines", "adapters"), ("baselines", "ticket"), ("cutting", "shrink"),
+    ("cutting", "state"), ("pretrained", "export"),
 }  # fmt: skip
 
 

@@ -1,0 +1,96 @@
+"""Tickets to compare the early-bird ticket with, drawn by the same hook at `ticket.latest_step`.
+
+*Random*: any units. *Magnitude*: the units with the largest weights. *LayerDrop* (Fan et al., "Reducing
+Transformer Depth on Demand with Structured Dropout", ICLR 2020): layers are dropped at random while the
+search lasts, and the draw removes whole layers. In the ticket a removed layer keeps no head and no neuron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from earlybert.adapters import Layer
+from earlybert.config import as_dict
+from earlybert.ticket import Ticket, TicketSettings
+
+
+def random_scores(widths: Sequence[int], *, seed: int, family: str, draw: int) -> list[torch.Tensor]:
+    """Uniform scores, a pure function of (seed, family, number of the draw, layer)."""
+    scores = []
+    for layer, width in enumerate(widths):
+        digest = hashlib.sha256(f"random ticket {seed} {family} {draw} {layer}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        scores.append(torch.rand(width, generator=generator))
+    return scores
+
+
+def units_of(
+    layer: Layer, *, head_size: int
+) -> Iterable[tuple[str, str, Callable[[torch.Tensor, Sequence[int]], torch.Tensor]]]:
+    """Yield (family, parameter, flat elements and shape -> their unit) of a layer's weights."""
+
+    def rows(size: int, sections: int) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+        def unit(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+            row = flat // shape[1] if len(shape) > 1 else flat
+            return row % (shape[0] // sections) // size
+
+        return unit
+
+    def columns(size: int) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+        return lambda flat, shape: flat % shape[1] // size
+
+    for family, size, own, reading in (
+        ("heads", head_size, layer.head_rows, layer.head_columns),
+        ("neurons", 1, layer.neuron_rows, layer.neuron_columns),
+    ):
+        for row in own:
+            yield family, row.name, rows(size, row.sections)
+        yield family, reading, columns(size)
+
+
+def layerdrop_ticket(
+    heads: Sequence[int], neurons: Sequence[int], *, settings: TicketSettings, step: int
+) -> Ticket:
+    """Remove `layer_ratio` of the layers, evenly spaced, never the first."""
+    count = len(heads)
+    gone = dropped_layers(count, ratio=settings.layer_ratio)
+    kept = [layer not in gone for layer in range(count)]
+    return Ticket(
+        step=step,
+        heads=tuple(tuple(range(w)) if k else () for w, k in zip(heads, kept, strict=True)),
+        neurons=tuple(tuple(range(w)) if k else () for w, k in zip(neurons, kept, strict=True)),
+        head_widths=tuple(heads),
+        neuron_widths=tuple(neurons),
+        reason=f"layerdrop: {len(gone)} of {count} layers removed",
+        settings=as_dict(settings),
+    )
+
+
+def dropped_layers(count: int, *, ratio: float) -> tuple[int, ...]:
+    """Indices of `round(ratio * count)` layers in the middle of equal stretches."""
+    gone = round(ratio * count)
+    return tuple((2 * place + 1) * count // (2 * gone) for place in range(gone))
+
+
+def drop_layers(module: nn.Module, layers: Sequence[Layer], *, probability: float) -> None:
+    """While it trains, let each layer's input pass by it with this probability, in each forward pass anew.
+
+    The layer is computed and its output multiplied by zero, so every parameter has a gradient on every rank.
+    The coin is torch's own generator on the host: a seeded step repeats it.
+    """
+
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if not layer.training:
+            return output
+        stays = float(torch.rand(()) >= probability)
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        mixed = hidden * stays + inputs[0] * (1 - stays)
+        return mixed if isinstance(output, torch.Tensor) else (mixed, *output[1:])
+
+    for layer in layers:
+        module.get_submodule(layer.module).register_forward_hook(hook)

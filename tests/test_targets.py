@@ -1,0 +1,102 @@
+"""How much goes: counts and budgets become ratios, and impossible ones are named."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from earlybert import targets
+from earlybert.config import SettingsError
+from earlybert.targets import Widths, Work
+from earlybert.ticket import TicketSettings, keep
+
+DENSE = Widths((12,) * 12, (3072,) * 12)
+BASE = targets.bert_work(hidden=768, heads=12, vocabulary=30522, sequence_length=128, predicted=0.15)
+
+
+def small(**changes):
+    return TicketSettings(**{"neuron_multiple": 1, "minimum_neurons": 1, **changes})
+
+
+@given(st.floats(0.3, 1.0), st.integers(1, 4), st.sampled_from([1, 64]))
+def test_a_budget_is_met_and_as_nearly_as_the_widths_allow(budget, draws, multiple):
+    settings = TicketSettings(budget=budget, draws=draws, neuron_multiple=multiple)
+    now = DENSE
+    for number in range(1, draws + 1):
+        rules = targets.resolved(settings, now=now, dense=DENSE, draw=number, work=BASE)
+        now = targets.kept_widths(rules, now)
+    share = BASE.of(now.heads, now.neurons) / BASE.of(DENSE.heads, DENSE.neurons)
+    step = (12 * BASE.head + 12 * multiple * BASE.neuron) / BASE.of(DENSE.heads, DENSE.neurons)
+    assert budget - step <= share <= budget
+
+
+@given(st.integers(1, 12), st.integers(1, 3072), st.integers(1, 4))
+def test_counts_are_exact_after_the_last_draw(heads, neurons, draws):
+    settings = small(heads_kept=heads, neurons_kept=neurons, neuron_scope="layer", draws=draws)
+    now = DENSE
+    for number in range(1, draws + 1):
+        rules = targets.resolved(settings, now=now, dense=DENSE, draw=number, work=BASE)
+        now = targets.kept_widths(rules, now)
+    assert now == Widths((heads,) * 12, (neurons,) * 12)
+
+
+@given(st.floats(0, 0.9), st.floats(0, 0.9), st.integers(0, 50))
+def test_the_planned_widths_are_those_of_a_draw(heads, neurons, seed):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    settings = replace(small(), head_ratio=heads, neuron_ratio=neurons)
+    widths = Widths((6,) * 3, (40,) * 3)
+    planned = targets.kept_widths(settings, widths)
+    drawn = keep(
+        [torch.rand(40, generator=generator) for _ in range(3)], ratio=neurons, scope="global", minimum=1,
+        multiple=1,
+    )  # fmt: skip
+    assert sum(planned.neurons) == sum(map(len, drawn))
+    per_layer = keep(
+        [torch.rand(6, generator=generator)] * 3, ratio=heads, scope="layer", minimum=1, multiple=1
+    )
+    assert planned.heads == tuple(map(len, per_layer))
+
+
+def test_the_papers_ticket_has_the_papers_share_of_the_work():
+    encoder = Work(head=8 * 768 * 64, neuron=4 * 768)
+    kept = targets.kept_widths(TicketSettings(), DENSE)
+    share = encoder.of(kept.heads, kept.neurons) / encoder.of(DENSE.heads, DENSE.neurons)
+    assert share == pytest.approx(0.69, abs=0.005), "docs/method.md section 3"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (small(budget=0.05), "the least that heads and neurons can reach is 0"),
+        (small(heads_kept=13), "there are 12 heads in a layer; use at most 12"),
+        (small(neurons_kept=99999), "there are 36864 neurons in all layers"),
+        (small(kind="layerdrop", layer_ratio=0.02), "removes none of 12 layers"),
+        (small(head_ratio=0.99), "would remove all 12 heads"),
+    ],
+)
+def test_what_cannot_be_reached_is_named_at_the_start(settings, says):
+    with pytest.raises(SettingsError, match=says):
+        targets.check(settings, dense=DENSE, work=BASE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"budget": 0.5, "heads_kept": 3}, "both set"),
+        ({"budget": 1.5}, "in \\(0, 1\\]"),
+        ({"heads_kept": 0}, "at least 1"),
+        ({"start": "rewind", "moments": "keep"}, "do not belong"),
+        ({"rewind_step": 5}, 'needs ticket.start = "rewind"'),
+        ({"start": "rewind", "rewind_step": 300}, "rewind to a step before it"),
+        ({"damping": 0.5, "kind": "random"}, "needs a search"),
+        ({"kind": "layerdrop", "draws": 2}, "in one draw"),
+        ({"layer_ratio": 0.7}, "in \\(0, 0.5\\]"),
+        ({"rewarmup_steps": -1}, "not be negative"),
+    ],
+)
+def test_contradictions_are_refused(changes, says):
+    with pytest.raises(SettingsError, match=says):
+        TicketSettings(**changes)
