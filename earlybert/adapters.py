@@ -120,18 +120,25 @@ def register(model_type: str, names: Names) -> None:
     _TABLE[model_type] = names
 
 
-def adapter_of(model: nn.Module) -> Adapter:
+def adapter_of(model: nn.Module, *, searched: bool = True) -> Adapter:
     """The adapter of a model; raises SettingsError for an architecture that is not known, saying how to add
-    it."""
+    it, unless no ticket is to be searched in it."""
     if isinstance(model, EarlyBertForPreTraining):
         return EarlyBertAdapter(type(model))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _TABLE:
+        if not searched:
+            return PlainAdapter(type(model))
         raise SettingsError(
             f"{type(model).__name__} (model_type {model_type!r}) is not an architecture that is known "
             f"({', '.join(sorted(_TABLE))}, earlybert); {ADDING}"
         )
     return StockAdapter(model, _TABLE[model_type])
+
+
+def enable_checkpointing(module: Any) -> None:
+    """Compute activations again in the backward pass, layer by layer, instead of keeping them."""
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def bert_layers(count: int) -> tuple[Layer, ...]:
@@ -149,8 +156,6 @@ def bert_layers(count: int) -> tuple[Layer, ...]:
 
 class Adapter:
     """What the engine asks of an architecture."""
-
-    rewinds_from_seed = False
 
     def layers(self, config: Any) -> tuple[Layer, ...]:
         raise NotImplementedError
@@ -189,6 +194,19 @@ class Adapter:
 
     def attach(self, module: nn.Module) -> None:
         """Set the hooks that apply coefficients; after `deepspeed.initialize`, whose own must run before."""
+
+
+class PlainAdapter(Adapter):
+    """Any model, trained as it is."""
+
+    def __init__(self, model_class: type[nn.Module]) -> None:
+        self._class = model_class
+
+    def shape(self, module: nn.Module) -> Shape:
+        return Shape((), (), 1, "none")
+
+    def build(self, config: Any) -> nn.Module:
+        return self._class(config)
 
 
 class EarlyBertAdapter(Adapter):

@@ -12,10 +12,8 @@ import torch
 
 from earlybert.adapters import Adapter, Layer, Shape
 from earlybert.shrink import Cut, Piece, cut_piece, cut_shape, fold_map, folded, index_map, renames, spread
-from earlybert.state import MASTER, State, Transform
+from earlybert.state import MASTER, POWERS, State, Transform
 from earlybert.ticket import Kept, Ticket
-
-_FOLD_POWER = {MASTER: 1, "exp_avg": -1, "exp_avg_sq": -2}
 
 
 def coefficient_names(layers: Sequence[Layer]) -> tuple[list[str], list[str]]:
@@ -56,7 +54,7 @@ def cutter(
     def transform(name: str, key: str, shape: tuple[int, ...], piece: Piece) -> Piece:
         if name in folds and piece.values.numel():
             factor = spread(folds[name], shape, piece)
-            piece = Piece(piece.start, folded(piece.values, factor, power=_FOLD_POWER[key]))
+            piece = Piece(piece.start, folded(piece.values, factor, power=POWERS[key]))
         elif name in coefficients and (fold or (still and key != MASTER)):
             # Folded, its value stands in the weights and the next search starts from 1. Frozen, a moment that
             # was carried over would go on moving it.

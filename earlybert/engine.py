@@ -25,9 +25,9 @@ import pydantic
 import torch
 
 from earlybert import baselines, cutting, dist, mechanics, state, targets
-from earlybert.adapters import adapter_of
+from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
-from earlybert.lifecycle import check_config, empty_module, start_ranks, tear_down
+from earlybert.lifecycle import check_config, check_optimizer, empty_module, start_ranks, tear_down
 from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, damp, penalise
 from earlybert.progress import EarlyBird, Progress
@@ -131,7 +131,8 @@ class Engine:
         fp32)."""
         self._loss_scale = LossScale()
         self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-        self.adapter = adapter_of(model)
+        self.adapter = adapter_of(model, searched=bird is not None)
+        self._checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
         self._dampers: dict[str, tuple[int, torch.Tensor]] = {}
         self.anchor: state.State | None = None
         """This rank's part of the weights that a rewind brings back; stored in checkpoints."""
@@ -394,7 +395,10 @@ class Engine:
 
     def _build(self, config: Any) -> torch.nn.Module:
         """A fresh module of this shape; its values do not matter, the state comes from `seed`."""
-        return empty_module(lambda: self.adapter.build(config), config=self._config)
+        module = empty_module(lambda: self.adapter.build(config), config=self._config)
+        if self._checkpointing:
+            enable_checkpointing(module)
+        return module
 
     def _open(self, module: torch.nn.Module, start: state.State) -> None:
         """Initialise a DeepSpeed engine around `module` and seed it."""
@@ -416,6 +420,8 @@ class Engine:
         except (pydantic.ValidationError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
             raise SettingsError(f"{self._where}: DeepSpeed refuses it: {error}") from error
         self.inner = inner
+        if self.searching:
+            check_optimizer(inner.optimizer, where=self._where)
         self.adapter.attach(module)
         self._head_size = self.adapter.shape(module).head_size
         self._hook(module, frozen=frozen)

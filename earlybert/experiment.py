@@ -42,6 +42,9 @@ class ModelSettings:
     """Of attention probabilities."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more
+    time."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "positions"):

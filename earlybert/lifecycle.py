@@ -19,7 +19,7 @@ import deepspeed
 import pydantic
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
 from earlybert import mechanics
@@ -80,12 +80,30 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+KNOWN_OPTIMIZERS = {
+    "Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "Lamb", "SGD", "FusedLion", "DeepSpeedCPULion",
+}  # fmt: skip
+"""Optimizers that keep some of `state.POWERS` for each element, or nothing. Not Adagrad: ZeRO-1 and 2 rebuild
+it with one group in 0.19.8 and lose the others' masters."""
+
+
+def check_optimizer(optimizer: Any, *, where: str) -> None:
+    """Raise SettingsError for an optimizer whose state the draw could not cut."""
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    if not any(base.__name__ in KNOWN_OPTIMIZERS for base in kind.__mro__):
+        raise SettingsError(
+            f"{where}: what the optimizer {kind.__name__} keeps for each element is not known, so a draw "
+            f"could not cut it; use one of {', '.join(sorted(KNOWN_OPTIMIZERS))}, or add it to "
+            "earlybert.state.POWERS and earlybert.lifecycle.KNOWN_OPTIMIZERS"
+        )
+
+
 def check_config(values: Mapping[str, Any], *, where: str) -> None:
     """Let DeepSpeed's own checks see a complete config (batch sizes filled in); raises SettingsError with its
     words."""
     try:
         DeepSpeedConfig(mechanics.close_traps(values))
-    except (pydantic.ValidationError, AssertionError, ValueError) as error:
+    except (pydantic.ValidationError, AssertionError, ValueError, DeepSpeedConfigError) as error:
         raise SettingsError(f"{where}: DeepSpeed refuses it: {error}") from error
 
 

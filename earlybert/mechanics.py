@@ -9,6 +9,7 @@ clipping) may not stand in the JSON as well: no number twice.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,6 +39,12 @@ OWNED = {
     "checkpoint": "the [checkpoint] table",
 }
 """Top-level keys whose content the experiment owns, and where it stands there."""
+
+_TABLES = {
+    "activation_checkpointing", "aio", "bf16", "comms_logger", "compile", "data_types", "flops_profiler",
+    "fp16", "timers", "torch_autocast", "zero_optimization",
+}  # fmt: skip
+"""Keys whose value is an object."""
 
 _SECTIONS: dict[str, frozenset[str]] = {
     "data_types": frozenset({"grad_accum_dtype", "buffer_dtype"}),
@@ -78,6 +85,12 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
     for path, value in _leaves(values, ""):
         if isinstance(value, str) and value.lower() == "auto":
             raise SettingsError(f'{where}: {path} = "auto" means nothing without a Trainer; write the value')
+    for section in _TABLES & values.keys():
+        if not isinstance(values[section], Mapping):
+            inside = '{"stage": 2}' if section == "zero_optimization" else '{"enabled": true}'
+            raise SettingsError(
+                f"{where}: {section} = {json.dumps(values[section])}: must be an object, such as {inside}"
+            )
     for section, known in _SECTIONS.items():
         if isinstance(values.get(section), Mapping):
             refuse_unknown(values[section], known, where=f"{where}: {section}")
@@ -87,6 +100,29 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
     stage = stage_of(values)
     if stage not in (0, 1, 2, 3):
         raise SettingsError(f"{where}: zero_optimization.stage = {stage!r}: choose 0, 1, 2 or 3")
+    zero = values.get("zero_optimization") or {}
+    for refused, reason in (
+        (
+            stage == 0 and precision_of(values) == "fp16",
+            "fp16 at ZeRO stage 0: DeepSpeed 0.19.8 divides the gradients of a torch optimizer by a loss "
+            "scale that the loss never had; use stage 1, which shards the optimizer and nothing else",
+        ),
+        (
+            stage == 0 and "offload_optimizer" in zero,
+            "offload_optimizer at ZeRO stage 0: there are no shards to offload; use stage 1, 2 or 3",
+        ),
+        (
+            stage < 3 and "offload_param" in zero,
+            f"offload_param at ZeRO stage {stage}: only stage 3 shards the parameters; use stage 3",
+        ),
+        (
+            str((values.get("optimizer") or {}).get("type", "")).lower() == "muon",
+            "Muon: under ZeRO, DeepSpeed 0.19.8 keeps its momentum for whole matrices beside partitions that "
+            "end inside of them, so a draw cannot cut it; use AdamW or LAMB",
+        ),
+    ):
+        if refused:
+            raise SettingsError(f"{where}: {reason}")
 
 
 def stage_of(values: Mapping[str, Any]) -> Any:

@@ -5,19 +5,6 @@ It is the currency of every change of shape. Each rank holds, of each parameter,
 flattened elements (`Piece`); together the ranks hold each element exactly once. To read, a rank copies what
 it owns; only counters travel. To seed, each element travels from the rank that read it to those that own it
 now, a chunk of at most `CHUNK` elements at a time: no rank ever holds a whole parameter for it.
-
-Where DeepSpeed keeps things differs by the class of its optimizer wrapper (`_Layout` below):
-
-| wrapper | when | masters of a rank |
-|---|---|---|
-| none (the torch optimizer) | ZeRO-0, fp32 | all, the parameters themselves |
-| FP16_UnfusedOptimizer | ZeRO-0, bf16 or fp16 | all, a tensor a parameter |
-| FP16_Optimizer | the same with DeepSpeed's fused Adam | all, a flat tensor a group |
-| DeepSpeedZeroOptimizer, BF16_Optimizer | ZeRO-1, 2 | a fragment of a flat tensor a group |
-| DeepSpeedZeroOptimizer_Stage3 | ZeRO-3 | a padded slice of each parameter |
-
-No setter or getter of DeepSpeed's is used: they miss every group but the first, pad wrongly at odd sizes and
-desync before the first step (seen in 0.19.8).
 """
 
 from __future__ import annotations
@@ -30,13 +17,22 @@ from typing import Any
 import torch
 
 from earlybert import dist
+from earlybert.layouts import Layout, layout_of
 from earlybert.optim import Segment, Segments
 from earlybert.shrink import Piece
 
 UnitsOf = tuple[str, str, Callable[[torch.Tensor, Sequence[int]], torch.Tensor]]
 MASTER = "master"
 NOTHING = Piece(0, torch.empty(0))
-MOMENTS = ("exp_avg", "exp_avg_sq")
+POWERS = {
+    MASTER: 1,
+    "exp_avg": -1,
+    "momentum_buffer": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+}
+"""What an optimizer keeps for each element, and the power of a coefficient c that is folded into the weight:
+W' = cW has the gradient dL/dW / c."""
 CHUNK = 2**22
 """Elements of all parameters that one exchange of a seed moves, over all ranks."""
 
@@ -51,29 +47,16 @@ class State:
     """{parameter: {"master" | moment: piece}}; a parameter of which this rank owns nothing has empty
     pieces."""
     step: float | None = None
-    """The optimizer's own step counter (bias correction); None before its first step or after a reset."""
+    """The optimizer's own step counter (bias correction); None where it has none or after a reset."""
+    moments: tuple[str, ...] = ()
+    """What the optimizer keeps for each element (`POWERS`); none before its first step or after a reset."""
     counters: dict[str, Any] = field(default_factory=dict)
     """The engine's counters and the loss scaler."""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """ "master", and the moments where there are any (the same on all ranks)."""
-        return (MASTER,) if self.step is None else (MASTER, *MOMENTS)
-
-
-@dataclass(frozen=True)
-class _Fragment:
-    """Live views into an engine: elements `[start, start + master.numel())` of a flattened parameter."""
-
-    start: int
-    master: torch.Tensor
-    owner: torch.Tensor
-    """The tensor under which the optimizer files its state; its state's views have the same offset and
-    length."""
-    offset: int
-
-    def moment(self, states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]], key: str) -> torch.Tensor:
-        return states[self.owner][key].detach().view(-1).narrow(0, self.offset, self.master.numel())
+        return (MASTER, *self.moments)
 
 
 def from_module(module: torch.nn.Module) -> State:
@@ -99,9 +82,9 @@ def read(engine: Any, *, transform: Transform | None = None, moments: bool = Tru
     that cuts replaces them. Without `moments` the masters alone. Must run at an optimizer-step boundary (no
     gradients pending).
     """
-    layout = _layout(engine)
-    step = _step_counter(layout) if moments else None
-    state = State(shapes=_shapes(engine.module), pieces={}, step=step, counters=counters(engine))
+    layout = layout_of(engine)
+    step, kept = _counted(layout) if moments else (None, ())
+    state = State(_shapes(engine.module), {}, step, kept, counters(engine))
     for name, fragment in layout.fragments().items():
         held: dict[str, Piece] = {}
         for key in state.keys:
@@ -125,7 +108,7 @@ def transformed(state: State, transform: Transform) -> State:
         name: {key: transform(name, key, state.shapes[name], piece) for key, piece in held.items()}
         for name, held in state.pieces.items()
     }
-    return State(dict(state.shapes), pieces, state.step, dict(state.counters))
+    return State(dict(state.shapes), pieces, state.step, state.moments, dict(state.counters))
 
 
 def to_tensors(state: State) -> dict[str, Any]:
@@ -150,7 +133,7 @@ def unit_norms(engine: Any, widths: Mapping[str, int], units: Iterable[UnitsOf])
 
     `widths`: units of each group; `units`: (group, parameter, flat elements and shape -> their unit in it).
     """
-    layout, shapes = _layout(engine), _shapes(engine.module)
+    layout, shapes = layout_of(engine), _shapes(engine.module)
     fragments = layout.fragments()
     squares = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
     for group, name, unit in units:
@@ -171,16 +154,14 @@ def seed(engine: Any, state: State) -> None:
     Whatever the constructors did to the optimizer before (ZeRO-0 takes a step with zero gradients) is
     overwritten. Raises AssertionError where names or shapes differ.
     """
-    layout = _layout(engine)
+    layout = layout_of(engine)
     assert _shapes(engine.module) == state.shapes, "the state and the module differ in names or shapes"
     layout.states.clear()
     fragments = layout.fragments()
-    if state.step is not None:
-        for owner in layout.owners():
-            layout.states[owner] = {
-                "step": _fresh_step(layout.optimizer, owner, state.step),
-                **{key: torch.zeros_like(owner.detach()) for key in MOMENTS},
-            }
+    for owner in layout.owners() if state.moments else ():
+        layout.states[owner] = {key: torch.zeros_like(owner.detach()) for key in state.moments}
+        if state.step is not None:
+            layout.states[owner]["step"] = _fresh_step(layout.optimizer, owner, state.step)
     have = _bounds(state)
     want = _interchange([(f.start, f.master.numel()) if f else (0, 0) for f in fragments.values()], fragments)
     for chunk in _chunks(state.shapes):
@@ -198,7 +179,7 @@ def gather(engine: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Whole fp32 masters of some small parameters, on the host, the same on every rank. Collective (one
     reduction)."""
     wanted = list(names)
-    layout, shapes = _layout(engine), _shapes(engine.module)
+    layout, shapes = layout_of(engine), _shapes(engine.module)
     fragments = layout.fragments()
     sizes = [math.prod(shapes[name]) for name in wanted]
     flat = torch.zeros(sum(sizes), device=dist.collective_device())
@@ -228,7 +209,7 @@ def whole(state: State, names: Iterable[str]) -> dict[str, torch.Tensor]:
 
 def segments(engine: Any) -> dict[torch.Tensor, Segments]:
     """What lies in each flat tensor of this rank's optimizer; nothing where it works on whole parameters."""
-    layout = _layout(engine)
+    layout = layout_of(engine)
     if layout.replicated:
         return {}
     fragments, table = layout.fragments(), {}
@@ -253,167 +234,31 @@ def whole_parameters(state: State) -> Iterable[tuple[str, dict[str, torch.Tensor
         yield name, tensors
 
 
-# --- where DeepSpeed keeps things
-# -----------------------------------------------------------------------------------
-
-
-class _Layout:
-    """ZeRO-0 in fp32: the optimizer works on the module's own parameters."""
-
-    replicated = True
-    """Every rank holds every element."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.wrapper = engine.optimizer
-        self.optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
-        self.states = self.optimizer.state
-        self.named = dict(engine.module.named_parameters())
-
-    def owners(self) -> list[torch.Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def fragments(self) -> dict[str, _Fragment | None]:
-        return {name: _Fragment(0, p.detach().view(-1), p, 0) for name, p in self.named.items()}
-
-    def names_of_owners(self) -> list[list[str]]:
-        """The parameters that each of `owners` holds over all ranks, in an order that the ranks share."""
-        raise NotImplementedError("only a sharded optimizer has flat tensors of several parameters")
-
-    def publish(self) -> None:
-        """Bring the masters to the parameters that the forward pass uses."""
-
-
-class _Unfused(_Layout):
-    def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        groups = zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True)
-        return [pair for low, high in groups for pair in zip(low, high, strict=True)]
-
-    def fragments(self) -> dict[str, _Fragment | None]:
-        high = {id(low): high for low, high in self._pairs()}
-        masters = {name: high[id(p)] for name, p in self.named.items()}
-        return {name: _Fragment(0, m.detach().view(-1), m, 0) for name, m in masters.items()}
-
-    def publish(self) -> None:
-        for low, high in self._pairs():
-            low.data.copy_(high.data)
-
-
-class _Fused(_Layout):
-    def fragments(self) -> dict[str, _Fragment | None]:
-        names = {id(p): name for name, p in self.named.items()}
-        found: dict[str, _Fragment | None] = {}
-        for group, flat in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups_flat, strict=True):
-            offset = 0
-            for low in group:
-                view = flat.detach().narrow(0, offset, low.numel())
-                found[names[id(low)]] = _Fragment(0, view, flat, offset)
-                offset += low.numel()
-        return {name: found[name] for name in self.named}
-
-    def publish(self) -> None:
-        for name, fragment in self.fragments().items():
-            assert fragment is not None
-            self.named[name].data.view(-1).copy_(fragment.master)
-
-
-class _Sharded(_Layout):
-    replicated = False
-
-    def owners(self) -> list[torch.Tensor]:
-        flats = getattr(self.wrapper, "single_partition_of_fp32_groups", None)
-        return list(self.wrapper.fp32_groups_flat_partition if flats is None else flats)
-
-    def names_of_owners(self) -> list[list[str]]:
-        names = {id(p): name for name, p in self.named.items()}
-        groups = getattr(self.wrapper, "bit16_groups", None) or self.wrapper.bf16_groups
-        return [[names[id(p)] for p in group] for group in groups]
-
-    def fragments(self) -> dict[str, _Fragment | None]:
-        flats = self.owners()
-        found: dict[str, _Fragment | None] = {}
-        for name, parameter in self.named.items():
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                found[name] = None
-                continue
-            owner = flats[mapping.param_group_index]
-            offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-            view = owner.detach().narrow(0, offset, length)
-            found[name] = _Fragment(mapping.lp_fragment_address.start, view, owner, offset)
-        return found
-
-    def publish(self) -> None:
-        self.wrapper._hp_optimizer_states_linked = (
-            False  # its one-shot links point at the state that was replaced
-        )
-        self.wrapper.update_lp_params()
-
-
-class _Stage3(_Layout):
-    replicated = False
-
-    def owners(self) -> list[torch.Tensor]:
-        return list(self.wrapper.fp32_partitioned_groups_flat)
-
-    def names_of_owners(self) -> list[list[str]]:
-        names: list[list[str]] = [[] for _ in self.owners()]
-        for name, parameter in self.named.items():
-            group, _, _ = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
-            names[group].append(name)
-        return names
-
-    def fragments(self) -> dict[str, _Fragment | None]:
-        found: dict[str, _Fragment | None] = {}
-        for name, parameter in self.named.items():
-            group, offset, _ = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
-            padded = parameter.ds_tensor.ds_numel
-            start = padded * self.wrapper._get_param_partition_rank(parameter)
-            length = min(padded, parameter.ds_numel - start)
-            if length <= 0:
-                found[name] = None
-                continue
-            owner = self.wrapper.fp32_partitioned_groups_flat[group]
-            found[name] = _Fragment(start, owner.detach().narrow(0, offset, length), owner, offset)
-        return found
-
-    def publish(self) -> None:
-        for group in range(len(self.wrapper.fp32_partitioned_groups_flat)):
-            self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
-        persistent = self.wrapper.persistent_parameters
-        if persistent:
-            # Their gathered copies predate the seed: give them up and gather anew.
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
-
-
-_LAYOUTS: dict[str, type[_Layout]] = {
-    "FP16_UnfusedOptimizer": _Unfused,
-    "FP16_Optimizer": _Fused,
-    "DeepSpeedZeroOptimizer": _Sharded,
-    "BF16_Optimizer": _Sharded,
-    "DeepSpeedZeroOptimizer_Stage3": _Stage3,
-}
-
-
-def _layout(engine: Any) -> _Layout:
-    return _LAYOUTS.get(type(engine.optimizer).__name__, _Layout)(engine)
-
-
 def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
 
 
-def _step_counter(layout: _Layout) -> float | None:
-    """The optimizer's step count: the largest, since DeepSpeed's fused Adam counts in one parameter a group
-    only."""
-    steps = [float(s["step"]) for s in layout.states.values() if s and "exp_avg" in s]
-    count = max(steps, default=0.0)
+def _counted(layout: Layout) -> tuple[float | None, tuple[str, ...]]:
+    """The optimizer's step count, where it has one, and the names of what it keeps for each element.
+
+    The largest count: DeepSpeed's fused Adam counts in one parameter a group only. Collective.
+    """
+    own = [(owner, states) for owner, states in layout.states.items() if states]
+    steps = [float(states["step"]) for _, states in own if "step" in states]
+    names = {
+        name
+        for owner, states in own
+        for name, value in states.items()
+        if name != "step" and isinstance(value, torch.Tensor) and value.numel() == owner.numel()
+    }
     # A rank may own nothing, and ZeRO-0's constructor takes a step of its own: the ranks' and the engine's
     # word counts.
-    count = max(dist.gather_objects(count))
-    taken = layout.engine.global_steps - layout.engine.skipped_steps
-    return count if count and taken > 0 else None
+    ranks = dist.gather_objects((max(steps, default=None), sorted(names)))
+    if layout.engine.global_steps <= layout.engine.skipped_steps:
+        return None, ()
+    found = tuple(sorted({name for _, kept in ranks for name in kept}))
+    assert set(found) <= POWERS.keys(), found
+    return max((step for step, _ in ranks if step is not None), default=None), found
 
 
 def _fresh_step(optimizer: torch.optim.Optimizer, owner: torch.Tensor, step: float) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from earlybert import checkpoint, dist, mechanics, report, run, schedule, targets
+from earlybert.adapters import enable_checkpointing
 from earlybert.config import EarlyBertError
 from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches
 from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
@@ -301,6 +302,8 @@ class _Trainer:
             # The true shape stands in the manifest: build it, then load DeepSpeed's shards into it.
             model = EarlyBertForPreTraining(EarlyBertConfig.from_dict(found.manifest.model))
             progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
+        if settings.model.checkpointing:
+            enable_checkpointing(model)
         engine = initialize(
             model=model,
             config=self._deepspeed_config(self.phase),

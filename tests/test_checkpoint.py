@@ -12,9 +12,10 @@ import torch
 
 import ranks
 import tiny
-from earlybert import checkpoint, dist
+from earlybert import checkpoint, dist, state
 from earlybert.config import EarlyBertError
 
+CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 WHAT = {"experiment": "e", "corpus": "c", "precision": "bf16", "trainer": {"sums": {}}}
 
 
@@ -70,6 +71,36 @@ def test_the_newest_good_checkpoint_is_found_and_goes_on_bit_equal(tmp_path, sta
             "nothing half-written is left, and not the broken one that was newer than what was resumed"
         )
         assert checkpoint.names(tmp_path) == ["step-0000004"]
+
+
+def every_shipped_config(folder):
+    """{DeepSpeed JSON: largest difference between a checkpoint's weights and the engine's masters}."""
+    found = {}
+    for path in CONFIGS:
+        values = json.loads(path.read_text())
+        values["train_micro_batch_size_per_gpu"], values["gradient_accumulation_steps"] = 2, 2
+        engine = tiny.initialize(
+            model=tiny.seeded_model(tiny.config(), seed=7), config=values, optimizer=tiny.adamw
+        )
+        tiny.train(engine, range(2))
+        where, what = Path(folder) / path.stem, {**WHAT, "precision": path.stem.rsplit("_", 1)[1]}
+        checkpoint.save(engine, where, step=2, stage=int(path.stem[4]), keep=1, **what)
+        masters = {
+            name: tensors["master"].clone()
+            for name, tensors in state.whole_parameters(state.read(engine.inner))
+        }
+        stored = checkpoint.newest_good(where)
+        assert stored is not None
+        weights = checkpoint.weights(stored)
+        found[path.stem] = max(float((weights[n] - m).abs().max()) for n, m in masters.items())
+        engine.close()
+    return found
+
+
+def test_a_checkpoint_under_every_shipped_config_gives_back_the_masters(tmp_path):
+    for found in ranks.run("test_checkpoint:every_shipped_config", ranks=2, folder=str(tmp_path)):
+        assert found.keys() == {path.stem for path in CONFIGS} and len(found) >= 7
+        assert set(found.values()) == {0.0}
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Canaries: corners of DeepSpeed that earlybert works around. If one fails, its workaround can go."""
 
+import pytest
 import torch
 
 import ranks
@@ -59,3 +60,31 @@ def test_deepspeeds_own_adam_resumes_inexactly_because_it_multiplies_beta_powers
     assert not torch.equal(running[0][1], running[1][1]), "exact now: DeepSpeed's Adam could be offered"
     assert recomputed[0][0] == recomputed[1][0], "the running powers were the only difference"
     assert torch.equal(recomputed[0][1], recomputed[1][1])
+
+
+def step_of_fp16_at_stage_0():
+    """How far one SGD step moved a weight, over how far its gradient says, at a loss scale of 256."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+        "zero_optimization": {"stage": 0},
+    }
+    model = torch.nn.Linear(4, 1, bias=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=config, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
+        model_parameters=list(model.parameters()),
+    )  # fmt: skip
+    before = engine.module.weight.detach().float().clone()
+    loss = engine(torch.ones(1, 4, dtype=torch.float16)).sum()  # its gradient is 1 everywhere
+    engine.backward(loss)
+    engine.step()
+    return float((before - engine.module.weight.detach().float()).mean())
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="no fp16 on this processor")
+def test_fp16_at_stage_0_still_divides_by_a_scale_that_the_loss_never_had():
+    """When this fails, DeepSpeed is mended and `mechanics.check` need not refuse fp16 at stage 0."""
+    (moved,) = ranks.run("test_deepspeed:step_of_fp16_at_stage_0", ranks=1)
+    assert moved < 0.1, moved

@@ -20,6 +20,10 @@ VARIANTS = [("keep", "train"), ("reset", "freeze"), ("keep", "freeze")]
 """Moments and coefficients after the draw."""
 
 
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=tiny.RATE, momentum=0.9)
+
+
 def live_bytes():
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
@@ -158,12 +162,15 @@ def two_draws(stage, precision, start):
 def variants_of(stage):
     yield {"stage": stage, "precision": "fp32"}
     yield {"stage": stage, "precision": "bf16"}
-    if FP16:
+    if FP16 and stage:
         yield {"stage": stage, "precision": "fp16"}
     if stage:  # DeepSpeed has no fp32 accumulation of 16-bit gradients at stage 0
         yield {"stage": stage, "precision": "bf16", "fp32_accumulation": True}
+        yield {"stage": stage, "precision": "bf16", "offload": True}
     if stage == 3:
         yield {"stage": stage, "precision": "bf16", "fp32_accumulation": True, "offload": True}
+    if stage in (0, 2):
+        yield {"stage": stage, "precision": "fp32", "optimizer": sgd}
 
 
 @pytest.mark.parametrize(("count", "stages"), [(1, (0, 1, 2, 3)), (2, (0, 1)), (2, (2,)), (2, (3,))])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import ranks
 from earlybert import dist, lifecycle
@@ -68,3 +69,9 @@ def test_what_deepspeed_refuses_is_said_with_the_files_name(zero):
     }
     with pytest.raises(SettingsError, match=r"ds\.json: DeepSpeed refuses it"):
         lifecycle.check_config(values, where="ds.json")
+
+
+def test_an_optimizer_whose_state_is_not_known_is_refused_before_it_has_any():
+    lifecycle.check_optimizer(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]), where="ds.json")
+    with pytest.raises(SettingsError, match=r"ds\.json: what the optimizer RMSprop keeps .*could not cut it"):
+        lifecycle.check_optimizer(torch.optim.RMSprop([torch.zeros(1, requires_grad=True)]), where="ds.json")

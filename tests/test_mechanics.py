@@ -29,6 +29,11 @@ def test_every_shipped_config_is_mechanics_only(path):
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
         ({"zero_optimization": {"stage": 4}}, "choose 0, 1, 2 or 3"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'"),
+        ({"bf16": True}, r'bf16 = true: must be an object, such as \{"enabled": true\}'),
+        ({"zero_optimization": 2}, r'zero_optimization = 2: must be an object, such as \{"stage": 2\}'),
+        ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0: .*use stage 1"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "only stage 3 shards"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "no shards to offload"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_what_stands_twice_is_refused(values, says):

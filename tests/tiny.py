@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from earlybert import dist, mechanics
-from earlybert.adapters import bert_layers
+from earlybert.adapters import bert_layers, enable_checkpointing
 from earlybert.engine import EarlyBird, Engine, initialize, parameter_groups
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.optim import Lamb
@@ -90,8 +90,13 @@ def engine(
     offload: bool = False,
     lamb: bool = False,
     bucket: int = 10**6,
+    parameter_offload: bool = False,
+    checkpointing: bool = False,
+    optimizer: Any = None,
 ) -> Engine:
     asked = mechanics_of(stage, precision)
+    if parameter_offload:
+        asked["zero_optimization"]["offload_param"] = {"device": "cpu"}
     asked["zero_optimization"]["reduce_bucket_size"] = bucket
     if fp32_accumulation:
         asked["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -99,11 +104,14 @@ def engine(
         asked["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         asked["zero_force_ds_cpu_optimizer"] = False
     values = mechanics.complete(asked, micro_batch=MICRO, accumulation=ACCUMULATION, clipping=clipping)
+    model = seeded_model(model_config or config(), seed=7)
+    if checkpointing:
+        enable_checkpointing(model)
     return initialize(
-        model=seeded_model(model_config or config(), seed=7),
+        model=model,
         config=values,
         early_bird=None if ticket is None else EarlyBird(settings=ticket, seed=7),
-        optimizer=(lambda groups: Lamb(groups, lr=RATE)) if lamb else adamw,
+        optimizer=optimizer or ((lambda groups: Lamb(groups, lr=RATE)) if lamb else adamw),
         weight_decay=DECAY,
     )
 
