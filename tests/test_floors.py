@@ -12,7 +12,7 @@ FLOORS = {
         "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
         "adapters", "targets", "baselines",
     },
-    2: {"shrink", "state", "layouts", "experiment", "cutting", "progress"},
+    2: {"shrink", "state", "layouts", "experiment", "cutting", "progress", "plan"},
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
     5: {"export", "pretrained"},
@@ -30,7 +30,8 @@ SAME_FLOOR = {
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
     ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
     ("adapters", "targets"), ("baselines", "adapters"), ("baselines", "ticket"), ("cutting", "shrink"),
-    ("cutting", "state"), ("state", "layouts"), ("pretrained", "export"),
+    ("cutting", "state"), ("state", "layouts"), ("plan", "experiment"), ("plan", "state"),
+    ("pretrained", "export"),
 }  # fmt: skip
 
 
