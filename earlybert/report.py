@@ -87,7 +87,7 @@ def _search(run: Path) -> tuple[Ticket | None, Search]:
     if (run / "ticket.json").is_file():
         ticket = Ticket.load(run / "ticket.json")
         if ticket.search is None:
-            raise EarlyBertError(f"{run}: its {ticket.reason} ticket came without a search: nothing to draw")
+            raise EarlyBertError(f"{run}: its ticket ({ticket.reason}) came without a search to report")
         return ticket, Search.from_json(ticket.search, where=str(run / "ticket.json"))
     for manifest in sorted((run / "checkpoints").glob("step-*/manifest.json"), reverse=True):
         values = json.loads(manifest.read_text(encoding="utf-8"))

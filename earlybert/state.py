@@ -76,7 +76,7 @@ Transform = Callable[[str, str, tuple[int, ...], Piece], Piece]
 
 
 def read(engine: Any, *, transform: Transform | None = None, moments: bool = True) -> State:
-    """Copy what this rank owns to host memory, one piece at a time; no communication.
+    """Copy what this rank owns to host memory, one piece at a time. Collective, but only counters travel.
 
     `transform` may cut or scale a piece before it is copied; `shapes` stay those of the engine, so a caller
     that cuts replaces them. Without `moments` the masters alone. Must run at an optimizer-step boundary (no

@@ -446,8 +446,9 @@ class _Trainer:
 
     def _report(self) -> None:
         """Write the page and the heat map of the search, where there was one."""
-        engine = self.engine
-        if self.monitor is None or not (engine.ticket or engine.progress.search.steps):
+        ticket = self.engine.ticket
+        searched = self.engine.progress.search.steps if ticket is None else ticket.search
+        if self.monitor is None or not searched:
             return
         folder = report.write(self.folder)
         self.monitor.picture("search/masks", (folder / "masks.png").read_bytes(), step=self.step)

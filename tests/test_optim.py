@@ -130,3 +130,11 @@ def test_a_ratio_for_each_parameter_of_a_flat_tensor_and_none_where_the_group_ha
     plain.grad = torch.ones(2)
     Lamb([{"params": [plain], "trust_ratio": False}], lr=1.0, eps=0.0, weight_decay=0.0).step()
     assert plain.tolist() == [2.0, 3.0]
+
+
+if __name__ == "__main__":
+    print("| processes | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |\n|---|---|---|---|---|")
+    for count in (1, 2, 4):
+        of_ranks = ranks.run("test_optim:train_under_each_stage", ranks=count)
+        worst = [max(found[stage] for found in of_ranks) for stage in range(4)]
+        print(f"| {count} | {' | '.join(f'{distance:.1e}' for distance in worst)} |")

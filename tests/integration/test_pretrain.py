@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from corpora import random_documents, write_corpus
-from earlybert import checkpoint
+from earlybert import checkpoint, export
 from earlybert.config import to_toml
 from earlybert.lifecycle import free_port
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
@@ -170,6 +170,28 @@ def test_a_run_stops_through_the_launcher_or_by_a_file_and_its_folder_is_its_own
     (small.path / "runs" / "endless" / "stop").touch()
     assert [process.wait(timeout=60) for process in processes] == [143, 143], small.log()
     assert not (small.path / "runs" / "endless" / "stop").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ticket.kind=layerdrop", "model.layers=3", "ticket.layerdrop=0.3"],
+        ["ticket.kind=random", "ticket.start=rewind", "ticket.rewind_step=2", "ticket.rewarmup_steps=3"],
+        ["ticket.budget=0.8", "ticket.damping=0.5", "model.checkpointing=true"],
+    ],
+    ids=["layerdrop", "random, rewound", "budget, damped, checkpointing"],
+)
+def test_other_choices_train_resume_and_are_exported(small, tmp_path, words):
+    name = f"name={words[0].replace('=', '-')}"
+    assert small.run(name, *words) == [0, 0], small.log()
+    run = small.path / "runs" / name.removeprefix("name=")
+    unbroken = small.metrics(run.name)
+    assert len(unbroken) == 17 and unbroken[-1]["parameters"] < unbroken[5]["parameters"]
+    shutil.rmtree(run / "checkpoints" / "step-0000016")
+    assert small.run(name, *words) == [0, 0], small.log()
+    assert told(small.metrics(run.name)) == told(unbroken)
+    for form in ("compact", "dense"):
+        assert export.export(export.read_run(run), to=tmp_path / form, form=form) < 1e-5
 
 
 def wait_for_step(folder: Folder, name: str, step: int, alive) -> None:
