@@ -11,12 +11,19 @@ Shapes: B rows of a micro-batch, T sequence length, P positions to guess a row.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
+import select
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, Literal
 
 import numpy as np
@@ -244,7 +251,8 @@ class Loader:
             num_workers=workers,
             pin_memory=pin_memory,
             prefetch_factor=_PREFETCHED if workers else None,
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=functools.partial(_begin_worker, os.getpid()),
+            multiprocessing_context="forkserver" if workers else None,  # loader_server says why
             generator=torch.Generator(),
         )
         self._batches: Iterator[MicroBatch] | None = iter(batches)
@@ -268,6 +276,12 @@ class Loader:
         """Stop the workers; calling again does nothing."""
         self._batches = None  # the last reference: the iterator stops and joins its workers
         atexit.unregister(self.close)
+
+
+def prepare_workers() -> None:
+    """Start the server that workers come from, so that it is ready when the first loader wants some."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["earlybert.loader_server"])
+    forkserver.ensure_running()
 
 
 def held_out_batches(
@@ -376,8 +390,17 @@ def _tensors(rows: dict[str, np.ndarray]) -> MicroBatch:
     return {name: torch.from_numpy(array) for name, array in rows.items()}
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def _begin_worker(owner: int, _worker: int) -> None:
+    """A worker lives exactly as long as its rank needs it; `owner` is the rank's process."""
     # A scheduler signals every process of a job. The training process stops at a step boundary and then
     # closes its workers; workers that died at once would break the step that it is finishing.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int) -> None:
+    """Leave when the rank is gone, killed or not: the server stays as long as a worker does."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(owner)], [], [])
+    os._exit(0)

@@ -134,6 +134,7 @@ class Engine:
         self.adapter = adapter_of(model, searched=bird is not None)
         self._checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
         self._dampers: dict[str, tuple[int, torch.Tensor]] = {}
+        self._compile_options: dict[str, Any] | None = None
         self.anchor: state.State | None = None
         """This rank's part of the weights that a rewind brings back; stored in checkpoints."""
         if bird is not None and self.searching:
@@ -160,6 +161,12 @@ class Engine:
         if name == "inner":  # not opened yet: do not recurse
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the module as DeepSpeed's `compile` does; after a draw the small module is compiled
+        anew."""
+        self._compile_options = options
+        self.inner.compile(**options)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Run the backward pass; the L1 term's gradient joins in the coefficients, scaled like the loss."""
@@ -237,6 +244,8 @@ class Engine:
             for tensor in list(self._hooked.values()):
                 tensor.__dict__.pop(_HOOKS, None)
             tear_down(inner)
+            if self._compile_options is not None:
+                torch._dynamo.reset()  # its graphs hold the module
             watched = {"engine": weakref.ref(inner), "module": weakref.ref(inner.module)}
             del inner
             gc.collect()
@@ -428,6 +437,8 @@ class Engine:
         if isinstance(base := getattr(inner.optimizer, "optimizer", inner.optimizer), Lamb):
             base.attach(state.segments(inner))
         state.seed(inner, start)
+        if self._compile_options is not None:
+            inner.compile(**self._compile_options)
         if self._anchors_at(inner.global_steps):
             self.anchor = state.read(inner, moments=False)
 

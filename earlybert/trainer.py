@@ -22,7 +22,7 @@ import torch
 from earlybert import checkpoint, dist, mechanics, report, run, schedule, targets
 from earlybert.adapters import enable_checkpointing
 from earlybert.config import EarlyBertError
-from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches
+from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches, prepare_workers
 from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
 from earlybert.experiment import Experiment
 from earlybert.lifecycle import check_config
@@ -94,6 +94,8 @@ class _Trainer:
         self.memory = _Memory()
         self.stop_requested = False
         self.warming = 1.0
+        if experiment.data.workers:
+            prepare_workers()
         run.check_cores()
         for phase in range(len(experiment.phases)):
             check_config(self._deepspeed_config(phase), where=experiment.deepspeed)

@@ -140,7 +140,6 @@ def _rank(target: str, arguments: list[str], environment: dict[str, str], log: s
     os.environ.update(environment)
     gc.freeze()  # what was imported lives on: the engine's own collections need not look at it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as without this server
     try:
         module, colon, name = target.partition(":")
         if colon:

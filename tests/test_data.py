@@ -5,17 +5,20 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ranks
 from corpora import CLS, MASK, PAD, SEP, V, random_documents, write_corpus
 from earlybert.config import EarlyBertError, SettingsError
 from earlybert.data import (
@@ -462,6 +465,34 @@ def test_the_global_generators_are_left_alone(corpus: Corpus, workers: int) -> N
         take(loader, 2)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.random.get_state()[1].tolist() == numpy_state
+
+
+def hold_a_loader(folder: str) -> None:
+    """Write the pids of a loader's worker and of the server that it was forked from, and wait to be
+    killed."""
+    samples = packed(Corpus.open(Path(folder) / "corpus"))
+    with loading(samples, workers=1) as loader:
+        next(loader)
+        workers = loader._batches._workers
+        pids = [workers[0].pid, psutil.Process(workers[0].pid).ppid()]
+        (Path(folder) / "pids").write_text(json.dumps(pids))
+        time.sleep(60)
+
+
+def test_workers_are_not_forked_from_a_rank_and_go_when_it_is_killed(tmp_path: Path) -> None:
+    """gloo's threads in a rank make a fork of it dangerous; a killed rank must leave no process behind."""
+    write_corpus(tmp_path / "corpus", random_documents(20, longest=60))
+    (rank,) = ranks.launch("test_data:hold_a_loader", [str(tmp_path)], ranks=1, logs=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pids").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker, server = json.loads((tmp_path / "pids").read_text())
+    assert server != rank._process.pid and psutil.pid_exists(worker)
+    rank.kill()
+    rank.wait()
+    while (psutil.pid_exists(worker) or psutil.pid_exists(server)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(worker) and not psutil.pid_exists(server)
 
 
 def test_workers_live_through_the_signals_that_stop_a_job_and_end_with_the_loader(corpus: Corpus) -> None:

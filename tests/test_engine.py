@@ -119,12 +119,14 @@ def draws_and_compare(stage):
     return [draw_and_compare(stage, *variant) for variant in VARIANTS]
 
 
-def many_draws(stage, precision):
-    """Ten draws in a row that remove nothing (the shape stays, so the bytes must): weak references and live
-    bytes."""
+def many_draws(stage, precision, compiled):
+    """Ten draws in a row that remove nothing (the shape stays, so the bytes must): what stays alive, bytes,
+    process groups."""
     settings = tiny.settings(head_ratio=0.0, neuron_ratio=0.0, minimum_step=2, latest_step=2, draws=10)
     engine = tiny.engine(stage, precision, settings)
-    alive, bytes_after = [], []
+    alive, bytes_after, groups = [], [], []
+    if compiled:
+        engine.compile(backend="eager")
     for number in range(10):
         old = [weakref.ref(x) for x in (engine.inner, engine.inner.optimizer, engine.inner.module)]
         output = engine(**tiny.batch(0, 0))  # a caller that still holds an output and its loss
@@ -135,11 +137,13 @@ def many_draws(stage, precision):
         gc.collect()
         alive += [reference() is not None for reference in old]
         bytes_after.append(live_bytes())
+        groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
+        assert not compiled or engine.is_compiled, "the small module too"
         del kept
     searching = engine.searching
     losses = tiny.train(engine, range(20, 22))
     engine.close()
-    return alive, bytes_after, searching, losses
+    return alive, bytes_after, groups, searching, losses
 
 
 def two_draws(stage, precision, start):
@@ -200,14 +204,18 @@ def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(st
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
-    [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), pytest.param(3, "fp32", marks=pytest.mark.slow)],
-)
-def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision):
-    for alive, bytes_after, searching, losses in ranks.run(
-        "test_engine:many_draws", ranks=2, stage=stage, precision=precision
+    ("stage", "precision", "compiled"),
+    [
+        (0, "bf16", False), (1, "bf16", True), (2, "bf16", False), (3, "bf16", False),
+        pytest.param(3, "fp32", False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision, compiled):
+    for alive, bytes_after, groups, searching, losses in ranks.run(
+        "test_engine:many_draws", ranks=2, stage=stage, precision=precision, compiled=compiled
     ):
         assert not any(alive)
+        assert len(set(groups)) == 1, groups
         assert max(bytes_after[1:-1]) - min(bytes_after[1:-1]) <= 4096, bytes_after
         assert not searching and all(loss < 10 for loss in losses)
 

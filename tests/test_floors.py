@@ -12,7 +12,7 @@ FLOORS = {
         "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
         "adapters", "targets", "baselines",
     },
-    2: {"shrink", "state", "layouts", "experiment", "cutting", "progress", "plan"},
+    2: {"shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server"},
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
     5: {"export", "pretrained"},

@@ -30,7 +30,7 @@ EXPERIMENT = {
     "seed": 3,
     "log_every": 1,
     "model": {"layers": 2, "hidden": 32, "heads": 4, "neurons": 48, "positions": 32},  # with dropout
-    "data": {"held_out": 0.1, "workers": 1},
+    "data": {"held_out": 0.1, "workers": 0},
     "phases": [
         {"steps": 12, "sequence_length": 16, "batch": 8, "micro_batch": 2, "learning_rate": 3e-3},
         {"steps": 4, "sequence_length": 32, "batch": 4, "micro_batch": 2, "learning_rate": 1e-3},
@@ -152,7 +152,7 @@ def assert_zero_to_fp32_gives_the_shrunken_weights(checkpoints: Path, to: Path) 
 
 def test_a_run_stops_through_the_launcher_or_by_a_file_and_its_folder_is_its_own(small):
     """SIGTERM to the launcher reaches the ranks, who have 30 seconds; the file `stop` needs no signal."""
-    endless = ["phases.0.steps=5000", "checkpoint.every=5000"]
+    endless = ["phases.0.steps=5000", "checkpoint.every=5000", "data.workers=1"]
     launcher = start_launcher(small.path / "e.toml", "name=endless", *endless)
     wait_for_step(small, "endless", 8, lambda: launcher.poll() is None)
     assert small.run("name=endless", *endless) == [2, 2]
@@ -235,7 +235,7 @@ def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, wo
 
 
 def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(small):
-    launcher = start_launcher(small.path / "e.toml", "name=launched")
+    launcher = start_launcher(small.path / "e.toml", "name=launched", "data.workers=1")
     said = launcher.communicate(timeout=240)[0]
     assert launcher.returncode == 0, said
     run = small.path / "runs" / "launched"
