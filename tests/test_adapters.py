@@ -186,6 +186,42 @@ class PoolingConfig(transformers.PretrainedConfig):
     model_type = "pooling"
 
 
+def dropped(folder):
+    """Stock models of 4 layers that lose 2, rewound to their first weights; logits and both exports."""
+    found = {}
+    for name in ("BertForMaskedLM", "ModernBertForMaskedLM"):
+        values = {**MODELS[name].to_dict(), "num_hidden_layers": 4, "layer_types": None}
+        if name == "BertForMaskedLM":
+            values.pop("layer_types")
+        MODELS[name] = type(MODELS[name]).from_dict(values)
+        engine = start(name, 2, kind="layerdrop", layer_ratio=0.5, start="rewind")
+        for step in range(3):
+            loss = engine(**batch(name, step, dist.rank())).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+        whole = stock(name)
+        layers = whole.bert.encoder.layer if hasattr(whole, "bert") else whole.model.layers
+        kept = torch.nn.ModuleList(layers[i] for i in (0, 2))
+        if hasattr(whole, "bert"):
+            whole.bert.encoder.layer = kept
+        else:
+            whole.model.layers = kept
+        expected, small = logits(whole, name), logits(engine, name)
+        worst = [earlybert.save(engine, Path(folder) / f"{name}-{f}", form=f) for f in ("compact", "dense")]
+        loaded = earlybert.load(Path(folder) / f"{name}-compact")
+        found[name] = expected, small, worst, loaded.config.num_hidden_layers
+        engine.close()
+    return found
+
+
+def test_whole_layers_leave_a_stock_model_too(tmp_path):
+    for found in ranks.run("test_adapters:dropped", ranks=2, folder=str(tmp_path)):
+        for name, (expected, small, worst, layers) in found.items():
+            torch.testing.assert_close(small, expected, atol=1e-5, rtol=1e-5, msg=name)
+            assert max(worst) < 1e-5 and layers == 2
+
+
 def unknown():
     model = Pooling(PoolingConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2))
     model.config._attn_implementation = None
