@@ -14,9 +14,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from earlybert.adapters import Layer
+from earlybert import state
+from earlybert.adapters import Adapter, Layer
 from earlybert.config import as_dict
-from earlybert.ticket import Ticket, TicketSettings
+from earlybert.ticket import Ticket, TicketSettings, draw
+
+
+def ticket(
+    inner: Any, adapter: Adapter, *, rules: TicketSettings, seed: int, step: int, number: int
+) -> Ticket:
+    """Draw the ticket of `rules.kind` from a DeepSpeed engine; `number`: how many were drawn before.
+    Collective."""
+    shape = adapter.shape(inner.module)
+    if rules.kind == "layerdrop":
+        return layerdrop_ticket(shape.heads, shape.neurons, settings=rules, step=step)
+    widths = {"heads": shape.heads, "neurons": shape.neurons}
+    if rules.kind == "random":
+        scores = {
+            family: random_scores(own, seed=seed, family=family, draw=number)
+            for family, own in widths.items()
+        }
+    else:
+        norms = state.unit_norms(
+            inner,
+            {f"{family} {i}": width for family, own in widths.items() for i, width in enumerate(own)},
+            [
+                (f"{family} {i}", name, unit)
+                for i, layer in enumerate(adapter.layers(inner.module.config))
+                for family, name, unit in units_of(layer, head_size=shape.head_size)
+            ],
+        )
+        scores = {family: [norms[f"{family} {i}"] for i in range(len(own))] for family, own in widths.items()}
+    return draw(scores["heads"], scores["neurons"], settings=rules, step=step, reason=rules.kind)
 
 
 def random_scores(widths: Sequence[int], *, seed: int, family: str, draw: int) -> list[torch.Tensor]:

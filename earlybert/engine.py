@@ -31,10 +31,11 @@ from earlybert.lifecycle import check_config, check_optimizer, empty_module, sta
 from earlybert.optim import Lamb
 from earlybert.penalty import LossScale, damp, penalise
 from earlybert.progress import EarlyBird, Progress
+from earlybert.rates import Rates, warm_up
 from earlybert.search import Search
 from earlybert.shrink import compose
 from earlybert.targets import Widths
-from earlybert.ticket import Ticket, TicketSettings, draw
+from earlybert.ticket import Ticket, TicketSettings
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ class Engine:
         self._config["train_micro_batch_size_per_gpu"] = micro_batch
         self._config["gradient_accumulation_steps"] = accumulation
         self._config.pop("train_batch_size", None)
-        config, rates = self.module.config, _Rates(self.inner)
+        config, rates = self.module.config, Rates(self.inner)
         self.close()
         self._open(self._build(config), kept)
         rates.restore(self.inner)
@@ -294,7 +295,12 @@ class Engine:
         step, search = self.inner.global_steps, self.progress.search
         if not bird.settings.searches:
             if step - search.began == bird.settings.latest_step:
-                self._draw(self._baseline(bird, step))
+                self._draw(
+                    baselines.ticket(
+                        self.inner, self.adapter, rules=self._rules(), seed=bird.seed, step=step,
+                        number=len(self.progress.tickets),
+                    )
+                )  # fmt: skip
         elif search.due(step, settings=bird.settings):
             rules = self._rules()
             self.progress.search = search.observe(step, *self.coefficients(), settings=rules)
@@ -315,34 +321,6 @@ class Engine:
                 factor=bird.settings.damping,
             )
 
-    def _baseline(self, bird: EarlyBird, step: int) -> Ticket:
-        """The ticket of a baseline. Collective."""
-        shape, rules, kind = self.adapter.shape(self.module), self._rules(), bird.settings.kind
-        if kind == "layerdrop":
-            return baselines.layerdrop_ticket(shape.heads, shape.neurons, settings=rules, step=step)
-        widths = {"heads": shape.heads, "neurons": shape.neurons}
-        if kind == "random":
-            number = len(self.progress.tickets)
-            scores = {
-                family: baselines.random_scores(own, seed=bird.seed, family=family, draw=number)
-                for family, own in widths.items()
-            }
-        else:
-            layers = self.adapter.layers(self.module.config)
-            norms = state.unit_norms(
-                self.inner,
-                {f"{family} {i}": width for family, own in widths.items() for i, width in enumerate(own)},
-                [
-                    (f"{family} {i}", name, unit)
-                    for i, layer in enumerate(layers)
-                    for family, name, unit in baselines.units_of(layer, head_size=shape.head_size)
-                ],
-            )
-            scores = {
-                family: [norms[f"{family} {i}"] for i in range(len(own))] for family, own in widths.items()
-            }
-        return draw(scores["heads"], scores["neurons"], settings=rules, step=step, reason=kind)
-
     def _draw(self, ticket: Ticket) -> None:
         """Shrink to the ticket. Collective; nothing is cut before all ranks hold the same ticket."""
         assert self._bird is not None
@@ -351,7 +329,7 @@ class Engine:
         old = self.adapter.layers(config)
         last = len(self.progress.tickets) + 1 >= settings.draws
         clock = _Clock()
-        kept, rates = self._cut_state(ticket, last=last), _Rates(self.inner)
+        kept, rates = self._cut_state(ticket, last=last), Rates(self.inner)
         clock.lap("read")
         bare = self.adapter.shape(self.module).coefficients == "none"
         self.close()
@@ -464,27 +442,7 @@ class Engine:
             baselines.drop_layers(module, layers, probability=bird.settings.layerdrop)
         if bird.settings.rewarmup_steps and self.progress.tickets:
             base = getattr(self.inner.optimizer, "optimizer", self.inner.optimizer)
-            _warm_up(base, lambda: self.warming)
-
-
-def _warm_up(optimizer: torch.optim.Optimizer, factor: Callable[[], float]) -> None:
-    """Scale the learning rate by `factor()` inside each step only, so that every scheduler goes on untouched.
-
-    ZeRO steps group by group with the groups swapped: what is scaled before a step is restored after it.
-    """
-    rates: list[tuple[dict[str, Any], float]] = []
-
-    def before(own: torch.optim.Optimizer, *_: Any) -> None:
-        rates[:] = [(group, group["lr"]) for group in own.param_groups]
-        for group, rate in rates:
-            group["lr"] = rate * factor()
-
-    def after(*_: Any) -> None:
-        for group, rate in rates:
-            group["lr"] = rate
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+            warm_up(base, lambda: self.warming)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -496,20 +454,6 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
     elif isinstance(output, (list, tuple)):
         for value in output:
             yield from _tensors(value)
-
-
-class _Rates:
-    """Learning rates by group and the scheduler's position: what a fresh engine must not start anew."""
-
-    def __init__(self, inner: Any) -> None:
-        self._rates = {group["name"]: group["lr"] for group in inner.optimizer.param_groups}
-        self._scheduler = None if inner.lr_scheduler is None else inner.lr_scheduler.state_dict()
-
-    def restore(self, inner: Any) -> None:
-        if self._scheduler is not None:
-            inner.lr_scheduler.load_state_dict(self._scheduler)
-        for group in inner.optimizer.param_groups:
-            group["lr"] = self._rates[group["name"]]
 
 
 class _Clock:

@@ -10,9 +10,12 @@ FLOORS = {
     0: {"config", "dist", "shards", "mechanics"},
     1: {
         "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
-        "adapters", "targets", "baselines",
+        "adapters", "targets", "rates",
     },
-    2: {"shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server"},
+    2: {
+        "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
+        "baselines",
+    },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
     5: {"export", "pretrained"},
@@ -29,7 +32,7 @@ SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
     ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
-    ("adapters", "targets"), ("baselines", "adapters"), ("baselines", "ticket"), ("cutting", "shrink"),
+    ("adapters", "targets"), ("baselines", "state"), ("cutting", "shrink"),
     ("cutting", "state"), ("state", "layouts"), ("plan", "experiment"), ("plan", "state"),
     ("pretrained", "export"),
 }  # fmt: skip
