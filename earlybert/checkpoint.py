@@ -1,26 +1,27 @@
-"""Checkpoints that are whole or not there: DeepSpeed's own ZeRO shards in a folder whose manifest is written
+"""Checkpoints that are whole or not there: one file of numbers a rank, in a folder whose manifest is written
 last.
 
-DeepSpeed writes its files in place and moves `latest` before the other ranks have finished. So a save goes
-into a hidden folder; when all ranks are done each file is made durable and hashed, the manifest is written,
-and the folder gets its name in one rename. A folder under a good name without a valid manifest was not made
-here and is never used.
+A save copies what each rank owns to host memory (`Saver.begin`), writes it from a thread while training goes
+on, and is committed at a later step, when every rank's file is durable (`Saver.commit`): a hidden folder gets
+its manifest and then, in one rename, its name. A folder under a good name without a valid manifest was not
+made here and is never used.
 
-After a load the logits of a fixed input are compared with those of the save, so a checkpoint that loads into
-something else is noticed before a step is taken.
+A checkpoint is loaded by any number of ranks at any ZeRO stage (`state_files`). After a load the logits of a
+fixed input are compared with those of the save, so one that loads into something else is noticed before a
+step is taken.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,23 +30,24 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from earlybert import dist, state
+from earlybert import dist, faults, state, state_files
 from earlybert.config import EarlyBertError, sync_folder, write_atomically
-from earlybert.engine import Engine, parameter_groups
+from earlybert.engine import Engine
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+from earlybert.shards import file_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 log = logging.getLogger(__name__)
 PROBE_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Largest difference of the probe's logits, relative to the largest, that other arithmetic may make."""
 _NAME = re.compile(r"step-(\d{7,})")
+_PARTIAL, _BROKEN = ".partial-", "broken-"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself; JSON beside DeepSpeed's files."""
+    """What a checkpoint says of itself; JSON beside the ranks' files."""
 
     step: int
     """Optimizer steps taken."""
@@ -54,7 +56,9 @@ class Manifest:
     corpus: str
     """Fingerprint of the corpus."""
     world_size: int
+    """Ranks that wrote it."""
     stage: int
+    """Their ZeRO stage."""
     precision: str
     model: dict[str, Any]
     """The model's configuration at this step: its true shape."""
@@ -62,12 +66,14 @@ class Manifest:
     """Search and tickets (`engine.Progress`)."""
     trainer: dict[str, Any]
     """The trainer's position and the sums of the progress line that is still open."""
+    state: dict[str, Any]
+    """Shapes, counters and names of the moments (`state_files.describe`)."""
     logits: list[float]
     """A few logits of a fixed input, compared after loading."""
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """{name: {"bytes", "sha256"}} of every file of the folder."""
-    random_numbers: str = "keyed by (seed, step, micro-batch, rank): nothing to store"
+    random_numbers: str = "keyed by (seed, step, micro-batch of the global batch): nothing to store"
     version: int = FORMAT_VERSION
 
 
@@ -79,72 +85,167 @@ class Checkpoint:
     manifest: Manifest
 
 
-def save(
-    engine: Engine,
-    folder: Path,
-    *,
-    step: int,
-    experiment: str,
-    corpus: str,
-    stage: int,
-    precision: str,
-    trainer: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Save under `folder`/step-NNNNNNN and return that path. Collective; call at an optimizer-step boundary.
+class Saver:
+    """Writes the checkpoints of one run, one at a time, and keeps the newest good ones."""
 
-    The `keep` newest checkpoints stay; older ones go only after this one is complete.
-    """
-    logits = probe(engine)
-    if not dist.from_rank_0(all(map(math.isfinite, logits))):
-        raise EarlyBertError(
-            f"the model's logits are not finite after step {step}: nothing was saved, the checkpoint before "
-            "this one stays. Start again under another name= with a lower phases.learning_rate, a longer "
-            "warmup, or bf16 instead of fp16"
-        )
-    tag = f"step-{step:07d}"
-    hidden, final = folder / f".partial-{tag}", folder / tag
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".partial-*"):  # of saves that a crash cut short
-            shutil.rmtree(left, ignore_errors=True)
-    dist.barrier()
-    if engine.anchor is not None:
-        hidden.mkdir(exist_ok=True)
-        torch.save(state.to_tensors(engine.anchor), _anchor(hidden))
-    engine.inner.save_checkpoint(str(folder), tag=hidden.name, client_state={}, save_latest=False)
-    dist.barrier()
-    files = _hash_files(hidden)
-    manifest = Manifest(
-        step=step,
-        experiment=experiment,
-        corpus=corpus,
-        world_size=dist.world_size(),
-        stage=stage,
-        precision=precision,
-        model=engine.module.config.to_dict(),
-        progress=engine.progress.to_json(),
-        trainer=trainer,
-        logits=logits,
-        versions={
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-        },
-        files=files,
-    )
-    if dist.rank() == 0:
-        write_atomically(hidden / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(hidden, final)
-        sync_folder(folder)
-        write_atomically(folder / "latest", tag)
-        # A name past this step was broken when this run resumed before it: it is not one of the newest good.
-        past = [name for name in names(folder) if name > tag]
-        for old in [*past, *names(folder)[len(past) + keep :]]:
-            shutil.rmtree(folder / old)
-    dist.barrier()
-    return final
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experiment: str,
+        corpus: str,
+        stage: int,
+        precision: str,
+        keep: int,
+        good: Sequence[str] = (),
+    ) -> None:
+        """`good`: names, oldest first, of what lies in `folder` and is known to be good; the rest as in
+        `Manifest`."""
+        self.folder = folder
+        self.failed: str | None = None
+        """Why the last save came to nothing; None where it did not."""
+        self._what: dict[str, Any] = {
+            "experiment": experiment, "corpus": corpus, "stage": stage, "precision": precision,
+        }  # fmt: skip
+        self._keep = keep
+        self._good = list(good)
+        self._pending: dict[str, Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._written: tuple[str, dict[str, Any]] | str = ""
+
+    @property
+    def pending(self) -> bool:
+        """True from `begin` to `commit`, on all ranks alike."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """True while this rank's file is not yet durable."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, engine: Engine, *, step: int, trainer: dict[str, Any]) -> None:
+        """Copy the state to host memory and start to write it as step-NNNNNNN. Collective; call at an
+        optimizer-step boundary.
+
+        A save that is still being written is committed first. Raises EarlyBertError where the model's logits
+        are not finite: nothing is saved then.
+        """
+        if self.pending:
+            self.commit()
+        logits = probe(engine)
+        if not dist.from_rank_0(all(map(math.isfinite, logits))):
+            raise EarlyBertError(
+                f"the model's logits are not finite after step {step}: nothing was saved, the checkpoint "
+                "before this one stays. Start again under another name= with a lower phases.learning_rate, a "
+                "longer warmup, or bf16 instead of fp16"
+            )
+        own, anchor = state.read(engine.inner), engine.anchor
+        faults.point("save.snapshot")
+        self._pending = {
+            "step": step,
+            **self._what,
+            "world_size": dist.world_size(),
+            "model": engine.module.config.to_dict(),
+            "progress": engine.progress.to_json(),
+            "trainer": trainer,
+            "state": state_files.describe(own, anchor),
+            "logits": logits,
+            "versions": {
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        if dist.rank() == 0:
+            for left in self.folder.glob(_PARTIAL + "*"):  # of saves that a crash cut short
+                shutil.rmtree(left, ignore_errors=True)
+        dist.barrier()
+        name = state_files.file_name(dist.rank(), dist.world_size())
+
+        def write() -> None:
+            try:
+                self._written = name, state_files.write(self._hidden / name, own, anchor)
+            except Exception as error:  # reported at the commit, on all ranks
+                self._written = f"rank {dist.rank()} could not write {self._hidden / name}: {error}"
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def commit(self) -> Path | None:
+        """Wait for every rank's file and give the checkpoint its name; its path, or None where it failed.
+
+        Collective. A failure (no space left) is a warning and `failed`: the hidden folder goes, the
+        checkpoints before it stay.
+        """
+        assert self._pending is not None and self._thread is not None, "nothing was begun"
+        self._thread.join()
+        pending, self._thread = self._pending, None
+        written = dist.gather_objects(self._written)
+        wrong = [part for part in written if isinstance(part, str)]
+        problem = "; ".join(wrong) or None
+        if dist.rank() == 0:
+            if problem is None:
+                try:
+                    self._publish(Manifest(**pending, files=dict(written)))  # type: ignore[arg-type]
+                except OSError as error:
+                    problem = f"rank 0 could not write the manifest of step {pending['step']}: {error}"
+            if problem is not None:
+                shutil.rmtree(self._hidden, ignore_errors=True)
+        self.failed = dist.from_rank_0(problem)
+        tag, self._pending = _tag(pending["step"]), None
+        if self.failed is not None:
+            if dist.rank() == 0:
+                log.warning("checkpoint %s was not saved: %s", tag, self.failed)
+            return None
+        self._good.append(tag)
+        if dist.rank() == 0:
+            self._retain()
+        return self.folder / tag
+
+    @property
+    def _hidden(self) -> Path:
+        assert self._pending is not None
+        return self.folder / (_PARTIAL + _tag(self._pending["step"]))
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Rank 0 only."""
+        tag = _tag(manifest.step)
+        faults.point("save.manifest")
+        write_atomically(self._hidden / "manifest.json", _sealed(manifest))
+        # A name at or past this step was not good when this run resumed before it: out of the way, not away.
+        for name in [name for name in names(self.folder) if name >= tag]:
+            shutil.rmtree(self.folder / (_BROKEN + name), ignore_errors=True)
+            os.rename(self.folder / name, self.folder / (_BROKEN + name))
+        faults.point("save.rename")
+        os.rename(self._hidden, self.folder / tag)
+        sync_folder(self.folder)
+        faults.point("save.latest")
+        write_atomically(self.folder / "latest", tag)
+
+    def _retain(self) -> None:
+        """Remove what is older than the newest `keep` that are known to be good; rank 0 only.
+
+        A name that this run has not written or loaded may be broken, so it counts for nothing.
+        """
+        if len(self._good) < self._keep:
+            return
+        kept = set(self._good[-self._keep :])
+        for old in [name for name in names(self.folder) if name not in kept]:
+            faults.point("save.retention")
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+
+
+def save(
+    engine: Engine, folder: Path, *, step: int, trainer: dict[str, Any] | None = None, keep: int, **what: Any
+) -> Path:
+    """Save once and wait for it; arguments as `Saver`'s. Collective. Raises EarlyBertError where it fails."""
+    there = [name for name in dist.from_rank_0(names(folder))[::-1] if name < _tag(step)]
+    saver = Saver(folder, keep=keep, good=there, **what)  # nobody has said that they are not
+    saver.begin(engine, step=step, trainer=trainer or {})
+    path = saver.commit()
+    if path is None:
+        raise EarlyBertError(f"{folder}: {saver.failed}")
+    return path
 
 
 def names(folder: Path) -> list[str]:
@@ -161,11 +262,14 @@ def read_manifest(folder: Path) -> Manifest:
     format."""
     try:
         values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        seal = values.pop("sha256", None)
         if values["version"] != FORMAT_VERSION:
             raise EarlyBertError(
                 f"{folder}: checkpoint format {values['version']}, this program reads {FORMAT_VERSION}; "
                 "use the program version that wrote it"
             )
+        if seal != _seal(values):
+            raise ValueError("it does not match the sha256 at its end")
         return Manifest(**values)
     except OSError as error:
         raise EarlyBertError(
@@ -185,60 +289,84 @@ def flaws(folder: Path, manifest: Manifest, *, only: slice | None = None) -> lis
     for name in sorted(manifest.files)[only or slice(None)]:
         stated = manifest.files[name]
         path = folder / name
-        if not path.is_file():
+        if name != path.name:
+            wrong.append(f"{name!r} is no name of a file in this folder")
+        elif not path.is_file():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != stated["bytes"]:
             wrong.append(f"{name} has {path.stat().st_size} bytes, the manifest says {stated['bytes']}")
-        elif _sha256(path) != stated["sha256"]:
+        elif file_sha256(path) != stated["sha256"]:
             wrong.append(f"{name} does not match its sha256")
     return wrong
 
 
-def newest_good(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint whose files match their checksums; the broken ones are named in the log.
+def newest_good(folder: Path, *, of: tuple[str, str] | None = None) -> Checkpoint | None:
+    """The newest complete checkpoint whose files match their checksums; the others are named in the log.
 
-    Collective: the ranks share the hashing. None where there is none at all.
+    `of`: the fingerprints of the experiment and the corpus that it must belong to. Collective: the ranks
+    share the hashing. None where there is none at all.
     """
     for name in dist.from_rank_0(names(folder)):
         path = folder / name
+        manifest, wrong = None, []
         try:
             manifest = read_manifest(path)
-            wrong = flaws(path, manifest, only=slice(dist.rank(), None, dist.world_size()))
+            if of is not None and (manifest.experiment, manifest.corpus) != of:
+                wrong.append("its manifest is of another experiment or corpus")
+            else:
+                wrong += flaws(path, manifest, only=slice(dist.rank(), None, dist.world_size()))
         except EarlyBertError as error:
-            manifest, wrong = None, [str(error)]
-        everywhere = [flaw for found in dist.gather_objects(wrong) for flaw in found]
-        if not everywhere and manifest is not None:
+            wrong.append(str(error))
+        ranks = dist.gather_objects((socket.gethostname(), wrong))
+        if manifest is not None and not any(found for _, found in ranks):
             return Checkpoint(path, manifest)
         if dist.rank() == 0:
-            log.warning(
-                "checkpoint %s is broken and not used: %s", name, "; ".join(dict.fromkeys(everywhere))
-            )
+            # What one host alone does not see is a matter of that host.
+            alone = len({host for host, _ in ranks}) > 1
+            told = [f"{host}: {flaw}" if alone else flaw for host, found in ranks for flaw in found]
+            log.warning("checkpoint %s is not used: %s", path, "; ".join(dict.fromkeys(told)))
     return None
 
 
-def load(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Load DeepSpeed's shards into an engine of the same shape, stage and world size. Collective.
+def read(checkpoint: Checkpoint) -> tuple[state.State, state.State | None]:
+    """This rank's share of a checkpoint's state, and of the anchor to rewind to. EarlyBertError on every rank
+    where the files do not hold together. Collective."""
+    manifest = checkpoint.manifest
+    try:
+        found, wrong = state_files.read(checkpoint.folder, list(manifest.files), manifest.state), None
+    except EarlyBertError as error:
+        found, wrong = None, str(error)
+    problems = [problem for problem in dist.gather_objects(wrong) if problem is not None]
+    if problems or found is None:
+        raise EarlyBertError("; ".join(dict.fromkeys(problems)))
+    return found
 
-    Raises EarlyBertError on every rank where DeepSpeed finds nothing to load, or where the fixed input's
-    logits differ from the save's by more than the precision explains; a smaller difference is a warning.
+
+def load(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint into an engine of the same shape; its ZeRO stage and its ranks may be others.
+
+    Collective. Errors as `read` and `verify`.
     """
-    folder = checkpoint.folder
-    path, _ = engine.inner.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None:
-        raise EarlyBertError(
-            f"{folder}: DeepSpeed could not load it; see its message above, or remove the folder"
-        )
-    anchor = _anchor(folder)
-    engine.anchor = state.from_tensors(torch.load(anchor)) if anchor.is_file() else None
-    now, then = probe(engine), checkpoint.manifest.logits
+    engine.restore(*read(checkpoint))
+    verify(engine, checkpoint)
+
+
+def verify(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Compare the fixed input's logits with those of the save. Collective.
+
+    Raises EarlyBertError on every rank where they differ by more than the precision explains; a smaller
+    difference is a warning, unless other ranks or another stage explain it.
+    """
+    folder, manifest = checkpoint.folder, checkpoint.manifest
+    now, then = probe(engine), manifest.logits
     own = max(abs(a - b) for a, b in zip(now, then, strict=True))
     worst = max(dist.gather_objects(own if math.isfinite(own) else math.inf))
-    bound = PROBE_TOLERANCE[checkpoint.manifest.precision] * max(1.0, *map(abs, then))
+    bound = PROBE_TOLERANCE[manifest.precision] * max(1.0, *map(abs, then))
     if worst > bound:
         raise EarlyBertError(
             f"{folder}: after loading, the logits of the fixed input differ by up to {worst:.3g} from "
             f"those at the save (at most {bound:.3g} is rounding); the code or the device's arithmetic "
-            f"changed: use the versions in its manifest ({checkpoint.manifest.versions})"
+            f"changed: use the versions in its manifest ({manifest.versions})"
         )
     if worst and dist.rank() == 0:
         log.warning(
@@ -250,33 +378,15 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The fp32 master weights of a checkpoint by parameter name, on the host, put together from the ranks'
-    shards.
-
-    Tied names stand once for each name. One process reads all shards: twice the model's fp32 size in memory.
-    """
-    folder, stage = checkpoint.folder, checkpoint.manifest.stage
-    if stage:
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints each of its steps
-            found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        return {name: value.float() for name, value in found.items()}
-    # ZeRO-0 keeps the module's own weights; where those are 16 bits wide its optimizer has the masters, in
-    # the order of the parameter groups, which is that of the names the group order follows.
-    stored = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    module, optimizer = stored["module"], stored["optimizer"]
-    result = {name: value.float() for name, value in module.items()}
-    if optimizer is not None and "fp32_groups" in optimizer:
-        with torch.device("meta"):
-            model = EarlyBertForPreTraining(EarlyBertConfig.from_dict(checkpoint.manifest.model))
-        names = {id(p): name for name, p in model.named_parameters()}
-        groups = parameter_groups(model, weight_decay=0.0)
-        for group, masters in zip(groups, optimizer["fp32_groups"], strict=True):
-            for parameter, master in zip(group["params"], masters, strict=True):
-                result[names[id(parameter)]] = master.detach().float()
-        for tied, source in (model._tied_weights_keys or {}).items():
-            if tied in result:
-                result[tied] = result[source]
-    return result
+    """The fp32 master weights of a checkpoint by parameter name, on the host; tied names stand once for each
+    name. EarlyBertError as `read`."""
+    manifest = checkpoint.manifest
+    found = state_files.masters(checkpoint.folder, list(manifest.files), manifest.state)
+    with torch.device("meta"):
+        model = EarlyBertForPreTraining(EarlyBertConfig.from_dict(manifest.model))
+    for tied, source in (model._tied_weights_keys or {}).items():
+        found[tied] = found[source]
+    return found
 
 
 def probe(engine: Engine) -> list[float]:
@@ -294,37 +404,25 @@ def probe(engine: Engine) -> list[float]:
     return logits.float().flatten()[:: max(1, logits.numel() // 8)][:8].tolist()
 
 
-def _anchor(folder: Path) -> Path:
-    """This rank's part of the weights that a rewind brings back, where a draw is still to come."""
-    return folder / f"anchor-rank-{dist.rank():05d}.pt"
+def same_precision(manifest: Manifest, *, precision: str) -> None:
+    """Raise EarlyBertError where the checkpoint was trained in another precision than now."""
+    if manifest.precision != precision:
+        raise EarlyBertError(
+            f"the checkpoint of step {manifest.step} has precision {manifest.precision}, this start "
+            f"{precision}; use a DeepSpeed JSON of that precision"
+        )
 
 
-def same_layout(manifest: Manifest, *, stage: int, precision: str) -> None:
-    """Raise EarlyBertError where the checkpoint was written by other ranks or another ZeRO stage than now."""
-    pairs: Sequence[tuple[str, Any, Any, str]] = (
-        ("ranks", manifest.world_size, dist.world_size(), "start as many processes"),
-        ("ZeRO stage", manifest.stage, stage, "use a DeepSpeed JSON of that stage"),
-        ("precision", manifest.precision, precision, "use a DeepSpeed JSON of that precision"),
-    )
-    for what, then, now, remedy in pairs:
-        if then != now:
-            raise EarlyBertError(
-                f"the checkpoint of step {manifest.step} has {what} {then}, this start {now}; {remedy}"
-            )
+def _tag(step: int) -> str:
+    return f"step-{step:07d}"
 
 
-def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Make every file durable and hash it, the ranks taking turns at the files. Collective."""
-    # Rank 0's list: on a shared file system the others may not see a new name yet.
-    paths = dist.from_rank_0(sorted(path for path in folder.rglob("*") if path.is_file()))
-    own = {}
-    for path in paths[dist.rank() :: dist.world_size()]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        own[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return {name: entry for part in dist.gather_objects(own) for name, entry in part.items()}
+def _seal(values: dict[str, Any]) -> str:
+    """sha256 of a manifest's values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sealed(manifest: Manifest) -> str:
+    """A manifest as JSON with its own sha256 at the end."""
+    values = json.loads(json.dumps(asdict(manifest)))
+    return json.dumps({**values, "sha256": _seal(values)}, indent=1) + "\n"

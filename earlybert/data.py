@@ -212,10 +212,12 @@ class PackedSamples:
 class Loader:
     """This rank's micro-batches, without end, from a position on.
 
-    With G = micro_batch * accumulation * world_size, global batch k is the samples at positions [k * G, (k
-    + 1) * G) and its micro-batch m of rank r the slice number m * world_size + r of them. The union over
-    ranks and micro-batches depends on G alone, and `position` counts what was handed out, never what a
-    worker has prefetched. Call `close`.
+    With G = micro_batch * micro_batches, global batch k is the samples at positions [k * G, (k + 1) * G) and
+    its micro-batch m of rank r the slice number m * world_size + r of them. The union over ranks and
+    micro-batches depends on G alone, and `position` counts what was handed out, never what a worker has
+    prefetched. `micro_batches`: of the global batch; None means accumulation * world_size. Where it is less,
+    the slices past it are handed out as copies of the rank's slice before, to be given no weight. Call
+    `close`.
     """
 
     def __init__(
@@ -226,19 +228,22 @@ class Loader:
         accumulation: int,
         rank: int,
         world_size: int,
+        micro_batches: int | None = None,
         position: Position | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         self.samples = samples
         self._accumulation = accumulation
-        self._global_batch = micro_batch * accumulation * world_size
+        micro_batches = micro_batches or accumulation * world_size
+        self._global_batch = micro_batch * micro_batches
         self._start = 0 if position is None else samples.consumed(position)
         self._handed = 0
         slices = _MicroBatches(
             samples,
             start=self._start,
             micro_batch=micro_batch,
+            micro_batches=micro_batches,
             accumulation=accumulation,
             rank=rank,
             world_size=world_size,
@@ -365,16 +370,21 @@ class _MicroBatches(Dataset[MicroBatch]):
         *,
         start: int,
         micro_batch: int,
+        micro_batches: int,
         accumulation: int,
         rank: int,
         world_size: int,
     ) -> None:
         self._samples, self._start, self._micro_batch = samples, start, micro_batch
+        self._micro_batches = micro_batches
         self._accumulation, self._rank, self._world_size = accumulation, rank, world_size
 
     def __getitem__(self, index: int) -> MicroBatch:
-        # index = k * accumulation + m, so this is k * G + (m * world_size + rank) * micro_batch
-        first = self._start + (index * self._world_size + self._rank) * self._micro_batch
+        batch, m = divmod(index, self._accumulation)
+        number = m * self._world_size + self._rank
+        if number >= self._micro_batches:
+            number -= self._world_size
+        first = self._start + (batch * self._micro_batches + number) * self._micro_batch
         ids, epochs = self._samples.ids(np.arange(first, first + self._micro_batch))
         return _tensors(self._samples.rows(ids, epochs=epochs))
 

@@ -24,7 +24,7 @@ import deepspeed
 import pydantic
 import torch
 
-from earlybert import baselines, cutting, dist, mechanics, state, targets
+from earlybert import baselines, cutting, dist, faults, mechanics, state, targets
 from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
 from earlybert.lifecycle import check_config, check_optimizer, empty_module, start_ranks, tear_down
@@ -40,6 +40,8 @@ from earlybert.ticket import Ticket, TicketSettings
 log = logging.getLogger(__name__)
 
 ParameterGroups = list[dict[str, Any]]
+Restored = tuple[state.State, state.State | None]
+"""A state, and the anchor to rewind to where a draw that rewinds is still to come."""
 _HOOKS = "_backward_hook_managers"
 
 
@@ -52,6 +54,7 @@ def initialize(
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     weight_decay: float = 0.01,
     progress: Progress | None = None,
+    restored: Restored | None = None,
 ) -> Engine:
     """Return an `Engine` around `model`, in fp32 on the host. Collective.
 
@@ -60,8 +63,9 @@ def initialize(
     groups to a torch optimizer, needed where the config has no "optimizer" section; `lr_scheduler`: one from
     the optimizer to a scheduler, unless the config has a "scheduler" section or the loop sets the rate.
     `weight_decay`: of matrices (biases, LayerNorm and coefficients have none). `progress`: of the checkpoint
-    that will be loaded. Without `early_bird`, or with its `enabled` false, nothing is searched. Raises
-    SettingsError for a config or a ticket setting that cannot work and for an unknown architecture.
+    that is loaded; `restored`: its state, put in place of the model's values. Without `early_bird`, or with
+    its `enabled` false, nothing is searched. Raises SettingsError for a config or a ticket setting that
+    cannot work and for an unknown architecture.
     """
     values, where = mechanics.load(config)
     mechanics.check(values, where=where)
@@ -85,6 +89,7 @@ def initialize(
         lr_scheduler=lr_scheduler,
         weight_decay=weight_decay,
         progress=progress or Progress(),
+        restored=restored,
     )
 
 
@@ -117,6 +122,7 @@ class Engine:
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
         weight_decay: float,
         progress: Progress,
+        restored: Restored | None,
     ) -> None:
         self._config = config
         self._where = where
@@ -145,7 +151,9 @@ class Engine:
                 shape = self.adapter.shape(model)
                 dense = Widths(shape.heads, shape.neurons)
                 targets.check(bird.settings, dense=dense, work=self._work(model))
-        self._open(model, state.from_module(model))
+        self._open(model, state.from_module(model) if restored is None else restored[0])
+        if restored is not None:
+            self.anchor = restored[1]
 
     # --- DeepSpeed's interface ---
 
@@ -237,6 +245,11 @@ class Engine:
         self.close()
         self._open(self._build(config), kept)
         rates.restore(self.inner)
+
+    def restore(self, start: state.State, anchor: state.State | None = None) -> None:
+        """Put a state of this shape into the engine, and the anchor to rewind to. Collective."""
+        state.seed(self.inner, start)
+        self.anchor = anchor
 
     def close(self) -> None:
         """Tear the inner engine down so that nothing of it stays alive. Idempotent."""
@@ -331,9 +344,11 @@ class Engine:
         clock = _Clock()
         kept, rates = self._cut_state(ticket, last=last), Rates(self.inner)
         clock.lap("read")
+        faults.point("draw.read")
         bare = self.adapter.shape(self.module).coefficients == "none"
         self.close()
         clock.lap("tear_down")
+        faults.point("draw.tear_down")
         after = {"fold": "none"}.get(settings.coefficients, settings.coefficients) if last else "train"
         before, mode = self.progress, "none" if bare else after
         self.progress = Progress(
@@ -351,9 +366,11 @@ class Engine:
             self.anchor = None if last else state.transformed(kept, lambda *given: given[3])
         module = self._build(small)
         clock.lap("build")
+        faults.point("draw.build")
         self._open(module, kept)
         rates.restore(self.inner)
         clock.lap("initialize")
+        faults.point("draw.initialize")
         self.draw_seconds = clock.laps
         if self._bird.on_draw is not None:
             self._bird.on_draw(self, ticket)

@@ -130,6 +130,8 @@ class CheckpointSettings:
     """Optimizer steps between checkpoints; the draw, the end and SIGTERM always save one."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; false waits for the disk."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):

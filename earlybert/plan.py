@@ -246,7 +246,7 @@ def draw_cost(experiment: Experiment, measured: Measured, *, ranks: int) -> Draw
 
 
 def accumulations(experiment: Experiment, ranks: Sequence[int]) -> dict[int, list[int | None]]:
-    """{ranks: micro-batches a rank adds up in each phase}, None where the batch does not divide."""
+    """{ranks: micro-batches a rank adds up in each phase}, None where it has too few of them."""
     found: dict[int, list[int | None]] = {}
     for count in ranks:
         found[count] = []

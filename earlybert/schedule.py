@@ -39,6 +39,14 @@ class PhaseSettings:
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.batch % self.micro_batch:
+            lower = self.batch // self.micro_batch * self.micro_batch
+            near = f"{lower} or {lower + self.micro_batch}" if lower else f"{self.micro_batch}"
+            fits = max(m for m in range(1, self.micro_batch + 1) if self.batch % m == 0)
+            raise SettingsError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; use batch {near}, "
+                f"or micro_batch {fits}"
+            )
         if self.sequence_length < 8:
             raise SettingsError(f"sequence_length = {self.sequence_length}: must be at least 8")
         if self.learning_rate <= 0 or self.end_learning_rate < 0:
@@ -49,21 +57,28 @@ class PhaseSettings:
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup = {self.warmup}: a share of the phase's steps, in [0, 1)")
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step, over all ranks."""
+        return self.batch // self.micro_batch
+
     def accumulation(self, *, world_size: int) -> int:
-        """Micro-batches a rank adds up before an optimizer step; raises SettingsError if the batch does not
-        divide."""
-        whole = self.micro_batch * world_size
-        if self.batch % whole:
-            lower = self.batch // whole * whole
-            near = f"{lower} or {lower + whole}" if lower else f"{whole}"
-            divides = (m for m in range(2, self.micro_batch + 1) if self.batch % (m * world_size) == 0)
-            fits = max(divides, default=1)
-            hint = f", or micro_batch {fits}" if self.batch % (fits * world_size) == 0 else ""
+        """Micro-batches a rank adds up before an optimizer step.
+
+        Where they do not divide by the ranks, the last round of some ranks is idle (its loss weighs nothing).
+        Raises SettingsError where a rank would never have any.
+        """
+        if world_size > self.micro_batches:
             raise SettingsError(
-                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch} x {world_size} "
-                f"ranks = {whole}; use batch {near}{hint}"
+                f"batch {self.batch} in micro-batches of {self.micro_batch} gives {self.micro_batches} of "
+                f"them, too few for {world_size} ranks; use at most {self.micro_batches} ranks, or a smaller "
+                "phases.micro_batch"
             )
-        return self.batch // whole
+        return -(-self.micro_batches // world_size)
+
+    def idle_share(self, *, world_size: int) -> float:
+        """Share of all ranks' rounds that is idle."""
+        return 1 - self.micro_batches / (self.accumulation(world_size=world_size) * world_size)
 
     def rate(self, step: int) -> float:
         """Learning rate of the phase's `step`-th optimizer step, counted from 0."""

@@ -33,6 +33,8 @@ POWERS = {
 }
 """What an optimizer keeps for each element, and the power of a coefficient c that is folded into the weight:
 W' = cW has the gradient dL/dW / c."""
+_COUNTERS = {"global_steps", "global_samples", "skipped_steps"}
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 CHUNK = 2**22
 """Elements of all parameters that one exchange of a seed moves, over all ranks."""
 
@@ -65,7 +67,7 @@ def from_module(module: torch.nn.Module) -> State:
     shapes, pieces = {}, {}
     for name, parameter in module.named_parameters():
         flat = parameter.detach().float().view(-1)
-        start, stop = _share(flat.numel())
+        start, stop = share(flat.numel())
         shapes[name] = tuple(parameter.shape)
         pieces[name] = {MASTER: Piece(start, flat[start:stop].clone())}
     return State(shapes, pieces)
@@ -126,6 +128,13 @@ def from_tensors(values: Mapping[str, Any]) -> State:
         name: {MASTER: Piece(values["starts"][name], master)} for name, master in values["masters"].items()
     }
     return State({name: tuple(shape) for name, shape in values["shapes"].items()}, pieces)
+
+
+def share(count: int) -> tuple[int, int]:
+    """This rank's even share [first, last) of `count` elements."""
+    each = -(-count // dist.world_size())
+    start = min(count, dist.rank() * each)
+    return start, min(count, start + each)
 
 
 def unit_norms(engine: Any, widths: Mapping[str, int], units: Iterable[UnitsOf]) -> dict[str, torch.Tensor]:
@@ -271,31 +280,28 @@ def _fresh_step(optimizer: torch.optim.Optimizer, owner: torch.Tensor, step: flo
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """The engine's step counters and its loss scaler."""
-    found = {key: getattr(engine, key) for key in ("global_steps", "global_samples", "skipped_steps")}
-    for key in ("loss_scaler", "loss_scale_config"):
-        if getattr(engine.optimizer, key, None) is not None:
-            found[key] = getattr(engine.optimizer, key)
+    """The engine's step counters and what moves in its dynamic loss scaler: plain numbers."""
+    found: dict[str, Any] = {key: getattr(engine, key) for key in _COUNTERS}
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False):
+        found["loss_scaler"] = {key: getattr(scaler, key) for key in _SCALER}
     return found
 
 
 def _write_counters(engine: Any, counters: Mapping[str, Any]) -> None:
-    for key, value in counters.items():
-        setattr(engine.optimizer if key.startswith("loss_scal") else engine, key, value)
-
-
-def _share(count: int) -> tuple[int, int]:
-    """This rank's even share of `count` elements."""
-    each = -(-count // dist.world_size())
-    start = min(count, dist.rank() * each)
-    return start, min(count, start + each)
+    for key in _COUNTERS & counters.keys():
+        setattr(engine, key, counters[key])
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False):
+        for key, value in counters.get("loss_scaler", {}).items():
+            setattr(scaler, key, value)
 
 
 def _keep_share(state: State) -> None:
     """Of pieces that every rank holds whole, keep this rank's share."""
     for held in state.pieces.values():
         for key, piece in held.items():
-            start, stop = _share(piece.values.numel())
+            start, stop = share(piece.values.numel())
             held[key] = Piece(start, piece.values[start:stop].clone())
 
 

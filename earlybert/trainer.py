@@ -1,9 +1,10 @@
 """The pretraining run: one loop over optimizer steps, from an empty folder or from the newest good
 checkpoint.
 
-Everything random is keyed by (seed, step, micro-batch, rank) or by (seed, epoch, sample), and the data
-position is a pure function of the step, so a resumed run repeats the interrupted one to the last bit. What
-the ranks must agree on (stop, broken numbers) travels in the one reduction a step that also sums the loss.
+Everything random is keyed by (seed, step, micro-batch of the global batch) or by (seed, epoch, sample), and
+the data position is a pure function of the step, so a resumed run repeats the interrupted one to the last
+bit. What the ranks must agree on (stop, broken numbers) travels in the one reduction a step that also sums
+the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from earlybert.config import EarlyBertError
 from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches, prepare_workers
 from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
 from earlybert.experiment import Experiment
-from earlybert.lifecycle import check_config
+from earlybert.lifecycle import check_config, empty_module
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.optim import Lamb
@@ -123,20 +124,22 @@ class _Trainer:
         corpus = self.corpus.manifest.content
         self.claim = run.claim(experiment, corpus=corpus, where=where)
         self.folder = self.claim.folder
-        self.found = checkpoint.newest_good(self.folder / "checkpoints")
+        checkpoints = self.folder / "checkpoints"
+        self.found = checkpoint.newest_good(checkpoints, of=(experiment.fingerprint, corpus))
         if self.found is not None:
-            manifest = self.found.manifest
-            if manifest.experiment != experiment.fingerprint or manifest.corpus != corpus:
-                raise EarlyBertError(
-                    f"{self.found.folder} belongs to another experiment or corpus; remove it or restore "
-                    "its own"
-                )
-            checkpoint.same_layout(manifest, stage=self.stage, precision=self.precision)
+            checkpoint.same_precision(self.found.manifest, precision=self.precision)
+        self.saver = checkpoint.Saver(
+            checkpoints,
+            experiment=experiment.fingerprint,
+            corpus=corpus,
+            stage=self.stage,
+            precision=self.precision,
+            keep=experiment.checkpoint.keep,
+            good=[] if self.found is None else [self.found.folder.name],
+        )
         if dist.rank() == 0:
             run.describe(experiment, mechanics_values, corpus=corpus)
         self.step = 0 if self.found is None else self.found.manifest.step
-        self.saved = self.step
-        """Step of the newest checkpoint."""
         self.phase = self._at(self.step).phase
         self.engine = self._start_engine()
 
@@ -187,8 +190,9 @@ class _Trainer:
             eval_loss = self._evaluate() if evaluate else None
             if evaluate or end or self.step % settings.log_every == 0:
                 self._log(at, eval_loss=eval_loss)
-            if stop or drawn or self.step == self.total or self.step % settings.checkpoint.every == 0:
-                self._save()
+            last = stop or self.step == self.total
+            if last or drawn or self.step % settings.checkpoint.every == 0:
+                self._save(wait=last)
             if drawn or self.step == self.total:
                 self._report()
             if stop and self.step < self.total:
@@ -202,28 +206,38 @@ class _Trainer:
         engine.learning_rate = at.learning_rate
         self.warming = engine.warming
         accumulation = at.settings.accumulation(world_size=dist.world_size())
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        ranks, micros = dist.world_size(), at.settings.micro_batches
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
         for micro in range(accumulation):
             batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
-            torch.manual_seed(_key(self.experiment.seed, self.step, micro, dist.rank()))
+            number = micro * ranks + dist.rank()
+            torch.manual_seed(_key(self.experiment.seed, self.step, number))
             output = engine(**batch)
-            engine.backward(output.loss)
-            sums[:3] += torch.stack(
-                [output.loss.detach().double(), output.correct.double(), output.counted.double()]
-            )
+            # DeepSpeed takes the mean over all rounds of all ranks, idle ones among them.
+            weight = accumulation * ranks / micros if number < micros else 0.0
+            engine.backward(output.loss if weight == 1 else output.loss * weight)
+            if number < micros:
+                sums[:3] += torch.stack(
+                    [output.loss.detach().double(), output.correct.double(), output.counted.double()]
+                )
             del output  # it refers to the engine, which a draw in `step` must be able to free
             engine.step()
         sums[3] = float(self.stop_requested or self.claim.stop_asked())
-        loss, correct, counted, stop = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
+        sums[4] = float(self.saver.writing)
+        loss, correct, counted, stop, writing = dist.sum_over_ranks(
+            sums.to(dist.collective_device())
+        ).tolist()
         self.step += 1
+        if self.saver.pending and not writing:
+            self.saver.commit()
         if not math.isfinite(loss):
             raise EarlyBertError(
                 f"the loss became {loss} at step {self.step} (learning rate {at.learning_rate:g}, gradient "
-                f"norm {engine.grad_norm}); nothing was saved after step "
-                f"{self.saved}. Start again under another name= with a lower "
+                f"norm {engine.grad_norm}); nothing was saved after that. "
+                "Start again under another name= with a lower "
                 "phases.learning_rate, a longer warmup, or bf16 instead of fp16"
             )
-        open_line, micros = self.memory.sums, accumulation * dist.world_size()
+        open_line = self.memory.sums
         seconds = time.perf_counter() - began
         open_line.loss += loss
         open_line.correct += correct
@@ -274,19 +288,16 @@ class _Trainer:
         self._say(f"step {self.step:>7,}/{self.total:,}  held-out loss {eval_loss:.4f}")
         return eval_loss
 
-    def _save(self) -> None:
-        checkpoint.save(
-            self.engine,
-            self.folder / "checkpoints",
-            step=self.step,
-            experiment=self.experiment.fingerprint,
-            corpus=self.corpus.manifest.content,
-            stage=self.stage,
-            precision=self.precision,
-            trainer=asdict(self.memory),
-            keep=self.experiment.checkpoint.keep,
-        )
-        self.saved = self.step
+    def _save(self, *, wait: bool) -> None:
+        """Begin a checkpoint; with `wait`, or where the settings say so, until it is on disk. Collective."""
+        self.saver.begin(self.engine, step=self.step, trainer=asdict(self.memory))
+        if wait or not self.experiment.checkpoint.background:
+            self.saver.commit()
+        if wait and self.saver.failed is not None:
+            raise EarlyBertError(
+                f"the checkpoint of step {self.step} could not be saved ({self.saver.failed}); make room, "
+                "then start the same command again: it goes on from the checkpoint before"
+            )
 
     # --- start ---
 
@@ -299,11 +310,16 @@ class _Trainer:
                 next_sentence=settings.data.objective != "mlm",
                 coefficients="train" if settings.ticket.enabled and settings.ticket.searches else "none",
             )
-            model, progress = seeded_model(dense, seed=settings.seed), Progress()
+            model: torch.nn.Module = seeded_model(dense, seed=settings.seed)
+            progress, restored = Progress(), None
         else:
-            # The true shape stands in the manifest: build it, then load DeepSpeed's shards into it.
-            model = EarlyBertForPreTraining(EarlyBertConfig.from_dict(found.manifest.model))
+            # The true shape stands in the manifest.
+            shape = EarlyBertConfig.from_dict(found.manifest.model)
+            model = empty_module(
+                lambda: EarlyBertForPreTraining(shape), config=self._deepspeed_config(self.phase)
+            )
             progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
+            restored = checkpoint.read(found)
         if settings.model.checkpointing:
             enable_checkpointing(model)
         engine = initialize(
@@ -313,9 +329,10 @@ class _Trainer:
             optimizer=self._optimizer,
             weight_decay=settings.optimizer.weight_decay,
             progress=progress,
+            restored=restored,
         )
         if found is not None:
-            checkpoint.load(engine, found)
+            checkpoint.verify(engine, found)
             stored = found.manifest.trainer
             self.memory = _Memory(
                 _Sums(**stored["sums"]), stored["trained_seconds"], dict(stored["eval_losses"])
@@ -360,6 +377,7 @@ class _Trainer:
         return Loader(
             samples,
             micro_batch=at.settings.micro_batch,
+            micro_batches=at.settings.micro_batches,
             accumulation=at.settings.accumulation(world_size=dist.world_size()),
             rank=dist.rank(),
             world_size=dist.world_size(),
@@ -430,6 +448,20 @@ class _Trainer:
             f"{self.experiment.name}: {shape}; {dist.world_size()} ranks, ZeRO-{self.stage}, "
             f"{self.precision}; step {self.step:,} of {self.total:,}, {start}"
         )
+        if self.found is not None:
+            then = self.found.manifest
+            if (then.world_size, then.stage) != (dist.world_size(), self.stage):
+                self._say(
+                    f"saved by {then.world_size} ranks at ZeRO-{then.stage}: the same samples and masks go "
+                    "on, sums are rounded in another order"
+                )
+        idle = self.experiment.phases[self.phase].idle_share(world_size=dist.world_size())
+        if idle:
+            micros = self.experiment.phases[self.phase].micro_batches
+            self._say(
+                f"{micros} micro-batches a step on {dist.world_size()} ranks leave {idle:.0%} of the ranks' "
+                "time idle; a phases.micro_batch or a number of ranks that divides would not"
+            )
 
     def _tell_draw(self) -> None:
         ticket, seconds = self.engine.ticket, self.engine.draw_seconds

@@ -12,10 +12,12 @@ import torch
 
 import ranks
 import tiny
-from earlybert import checkpoint, dist, state
+from earlybert import checkpoint, dist, faults, state
 from earlybert.config import EarlyBertError
+from earlybert.shards import file_sha256
 
 CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+FP32 = {"experiment": "e", "corpus": "c", "precision": "fp32"}
 WHAT = {"experiment": "e", "corpus": "c", "precision": "bf16", "trainer": {"sums": {}}}
 
 
@@ -30,7 +32,7 @@ def saves(folder, stage):
     dist.barrier()
     kept, latest = checkpoint.names(where), (where / "latest").read_text()
     if dist.rank() == 0:  # the newest is damaged
-        victim = sorted(p for p in (where / "step-0000006").iterdir() if p.suffix == ".pt")[-1]
+        victim = sorted((where / "step-0000006").glob("*.safetensors"))[-1]
         os.truncate(victim, victim.stat().st_size - 1)
     dist.barrier()
     found = checkpoint.newest_good(where)
@@ -67,8 +69,8 @@ def test_the_newest_good_checkpoint_is_found_and_goes_on_bit_equal(tmp_path, sta
         assert kept == ["step-0000006", "step-0000004"], "two stay, and the oldest went"
         assert latest == "step-0000006"
         assert "differ by up to 1 from" in said[0] and said[1] == "went on", "only rounding goes on"
-        assert [name for name in entries if name.startswith((".", "step"))] == ["step-0000004"], (
-            "nothing half-written is left, and not the broken one that was newer than what was resumed"
+        assert entries == ["broken-step-0000004", "broken-step-0000006", "latest", "step-0000004"], (
+            "nothing half-written is left; what was newer than what was resumed is out of the way, not away"
         )
         assert checkpoint.names(tmp_path) == ["step-0000004"]
 
@@ -103,18 +105,24 @@ def test_a_checkpoint_under_every_shipped_config_gives_back_the_masters(tmp_path
         assert set(found.values()) == {0.0}
 
 
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.fixture
 def good(tmp_path):
     """A checkpoint folder with one file, complete by its manifest."""
     folder = tmp_path / "step-0000010"
     folder.mkdir()
     (folder / "a.pt").write_bytes(b"0123456789")
-    entry = {"bytes": 10, "sha256": checkpoint._sha256(folder / "a.pt")}
+    entry = {"bytes": 10, "sha256": file_sha256(folder / "a.pt")}
     manifest = checkpoint.Manifest(
         step=10, world_size=1, stage=2, model={}, progress={}, logits=[], versions={}, files={"a.pt": entry},
-        **WHAT,
+        state={}, **WHAT,
     )  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    (folder / "manifest.json").write_text(checkpoint._sealed(manifest))
     return folder
 
 
@@ -140,9 +148,10 @@ def test_each_damage_of_a_file_is_named(good, damage, says):
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json, so not a complete checkpoint"),
         (lambda f: (f / "manifest.json").write_text('{"step": 1'), "cannot be read"),
         (lambda f: (f / "manifest.json").write_text('{"version": 99}'), "checkpoint format 99"),
-        (lambda f: (f / "manifest.json").write_text('{"version": 1}'), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text('{"version": 2}'), "cannot be read"),
+        (lambda f: edit(f / "manifest.json", '"step": 10', '"step": 11'), "does not match the sha256"),
     ],
-    ids=["missing", "half", "another format", "empty"],
+    ids=["missing", "half", "another format", "empty", "one digit"],
 )
 def test_a_folder_without_a_readable_manifest_is_no_checkpoint(good, damage, says):
     damage(good)
@@ -153,15 +162,84 @@ def test_a_folder_without_a_readable_manifest_is_no_checkpoint(good, damage, say
     assert checkpoint.newest_good(good.parent) is None
 
 
-@pytest.mark.parametrize(
-    ("now", "says"),
-    [
-        ({"stage": 3, "precision": "bf16"}, "ZeRO stage 2, this start 3"),
-        ({"stage": 2, "precision": "fp32"}, "precision bf16, this start fp32"),
-    ],
-)
-def test_another_layout_is_refused_with_what_to_start(good, now, says):
+def test_another_precision_is_refused_with_what_to_start(good):
     manifest = checkpoint.read_manifest(good)
-    checkpoint.same_layout(manifest, stage=2, precision="bf16")
-    with pytest.raises(EarlyBertError, match=says):
-        checkpoint.same_layout(manifest, **now)
+    checkpoint.same_precision(manifest, precision="bf16")
+    with pytest.raises(EarlyBertError, match="precision bf16, this start fp32; use a DeepSpeed JSON of that"):
+        checkpoint.same_precision(manifest, precision="fp32")
+
+
+def test_a_checkpoint_of_another_experiment_is_named_and_an_older_own_one_is_used(good, caplog):
+    own = good.parent / "step-0000005"
+    shutil.copytree(good, own)
+    foreign = dataclasses.replace(checkpoint.read_manifest(good), experiment="another")
+    (good / "manifest.json").write_text(checkpoint._sealed(foreign))
+    found = checkpoint.newest_good(good.parent, of=("e", "c"))
+    assert found is not None and found.folder == own
+    assert "step-0000010 is not used: its manifest is of another experiment" in caplog.text
+
+
+def saves_in_the_background(folder):
+    """A snapshot of step 2, written while steps 3 and 4 are taken; what a load of it gives."""
+    where, settings = Path(folder), tiny.settings(minimum_step=20, latest_step=20)
+    engine = tiny.engine(2, "bf16", settings)
+    tiny.train(engine, range(2))
+    saver = checkpoint.Saver(where, stage=2, keep=1, **{k: v for k, v in WHAT.items() if k != "trainer"})
+    saver.begin(engine, step=2, trainer={})
+    losses = tiny.train(engine, range(2, 4))
+    assert saver.pending and checkpoint.names(where) == [], "no name before the commit"
+    saver.commit()
+    engine.close()
+    again = tiny.engine(2, "bf16", settings)
+    checkpoint.load(again, checkpoint.newest_good(where))
+    resumed = tiny.train(again, range(2, 4))
+    again.close()
+    return losses, resumed
+
+
+def test_a_save_in_the_background_holds_the_step_at_which_it_began(tmp_path):
+    for losses, resumed in ranks.run(
+        "test_checkpoint:saves_in_the_background", ranks=2, folder=str(tmp_path)
+    ):
+        assert losses == resumed
+
+
+def finds_no_room(folder):
+    """A save whose disk is full on rank 1, then one that works; what is said and what lies there."""
+    os.environ[faults.VARIABLE] = "full@save.shard#2:1"
+    engine = tiny.engine(1, "fp32", tiny.settings(minimum_step=20, latest_step=20))
+    where, said = Path(folder), []
+    for step in (1, 2, 3):
+        tiny.train(engine, range(step - 1, step))
+        try:
+            said.append(checkpoint.save(engine, where, step=step, stage=1, keep=1, **FP32).name)
+        except EarlyBertError as error:
+            said.append(str(error))
+        dist.barrier()
+        said.append(sorted(path.name for path in where.iterdir()))
+        dist.barrier()
+    engine.close()
+    return said
+
+
+def test_no_room_for_a_save_is_said_with_its_rank_and_the_checkpoint_before_stays(tmp_path):
+    for said in ranks.run("test_checkpoint:finds_no_room", ranks=2, folder=str(tmp_path)):
+        assert said[:2] == ["step-0000001", ["latest", "step-0000001"]]
+        assert "rank 1 could not write" in said[2] and "No space left on device" in said[2]
+        assert said[3] == ["latest", "step-0000001"], "nothing half-written, and the good one is there"
+        assert said[4:] == ["step-0000003", ["latest", "step-0000003"]]
+
+
+def test_what_nobody_knows_to_be_good_does_not_push_out_the_last_good_one(good):
+    """keep=1: the resumed step 5 stays until a newer good one is there, whatever lies between."""
+    for name in ("step-0000005", "step-0000007"):
+        shutil.copytree(good, good.parent / name)
+    (good.parent / "step-0000007" / "a.pt").unlink()
+    saver = checkpoint.Saver(
+        good.parent, stage=2, keep=2, good=["step-0000005"], experiment="e", corpus="c", precision="bf16"
+    )
+    saver._retain()
+    assert len(checkpoint.names(good.parent)) == 3, "one is known, two are to be kept"
+    saver._good.append("step-0000010")
+    saver._retain()
+    assert checkpoint.names(good.parent) == ["step-0000010", "step-0000005"]

@@ -7,14 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"config", "dist", "shards", "mechanics"},
+    0: {"config", "dist", "shards", "mechanics", "faults"},
     1: {
         "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
         "adapters", "targets", "rates",
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
-        "baselines",
+        "baselines", "state_files",
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
@@ -33,8 +33,8 @@ SAME_FLOOR = {
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
     ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
     ("adapters", "targets"), ("baselines", "state"), ("cutting", "shrink"),
-    ("cutting", "state"), ("state", "layouts"), ("plan", "experiment"), ("plan", "state"),
-    ("pretrained", "export"),
+    ("cutting", "state"), ("state", "layouts"), ("state_files", "state"), ("state_files", "shrink"),
+    ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("pretrained", "export"),
 }  # fmt: skip
 
 

@@ -46,7 +46,10 @@ def test_a_step_knows_its_phase_and_its_place_in_the_data():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
-    phase = PhaseSettings(steps=1, sequence_length=128, batch=4096, micro_batch=48, learning_rate=1e-3)
-    with pytest.raises(SettingsError, match=r"48 x 8 ranks = 384; use batch 3840 or 4224, or micro_batch 32"):
-        phase.accumulation(world_size=8)
-    assert FIRST.accumulation(world_size=4) == 2
+    what = {"steps": 1, "sequence_length": 128, "learning_rate": 1e-3}
+    with pytest.raises(SettingsError, match=r"micro_batch 48; use batch 4080 or 4128, or micro_batch 32"):
+        PhaseSettings(batch=4096, micro_batch=48, **what)
+    assert FIRST.accumulation(world_size=4) == 2 and FIRST.idle_share(world_size=4) == 0
+    assert FIRST.accumulation(world_size=3) == 3 and FIRST.idle_share(world_size=3) == pytest.approx(1 / 9)
+    with pytest.raises(SettingsError, match=r"gives 8 of them, too few for 9 ranks; use at most 8 ranks"):
+        FIRST.accumulation(world_size=9)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from earlybert.checkpoint import Manifest, _sealed
 from earlybert.ticket import Ticket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,9 +54,9 @@ def run(tmp_path):
         "step": 4, "experiment": "e", "corpus": "c", "world_size": 2, "stage": 1, "precision": "bf16",
         "model": {"heads_per_layer": [2, 2], "neurons_per_layer": [3, 1]},
         "progress": {"tickets": [TICKET.to_json()]}, "trainer": {"eval_losses": {"0": 4.5}}, "logits": [],
-        "versions": {"torch": "2"}, "files": {"shard.pt": {"bytes": 7, "sha256": sha}}, "version": 1,
+        "versions": {"torch": "2"}, "files": {"shard.pt": {"bytes": 7, "sha256": sha}}, "state": {},
     }  # fmt: skip
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(_sealed(Manifest(**manifest)))
     return folder
 
 

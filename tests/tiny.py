@@ -93,6 +93,7 @@ def engine(
     parameter_offload: bool = False,
     checkpointing: bool = False,
     optimizer: Any = None,
+    accumulation: int = ACCUMULATION,
 ) -> Engine:
     asked = mechanics_of(stage, precision)
     if parameter_offload:
@@ -103,7 +104,7 @@ def engine(
     if offload:
         asked["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         asked["zero_force_ds_cpu_optimizer"] = False
-    values = mechanics.complete(asked, micro_batch=MICRO, accumulation=ACCUMULATION, clipping=clipping)
+    values = mechanics.complete(asked, micro_batch=MICRO, accumulation=accumulation, clipping=clipping)
     model = seeded_model(model_config or config(), seed=7)
     if checkpointing:
         enable_checkpointing(model)
@@ -116,19 +117,19 @@ def engine(
     )
 
 
-def train(engine: Engine, steps: range) -> list[float]:
+def train(engine: Engine, steps: range, *, accumulation: int = ACCUMULATION) -> list[float]:
     """Optimizer steps on the keyed batches; the mean loss over ranks and micro-batches of each."""
     losses = []
     ranks, rank = dist.world_size(), dist.rank()
     for step in steps:
         total = torch.zeros(1, dtype=torch.float64)
-        for micro in range(ACCUMULATION):
+        for micro in range(accumulation):
             output = engine(**batch(step, micro * ranks + rank))
             engine.backward(output.loss)
             total += output.loss.detach().double()
             del output
             engine.step()
-        losses.append((dist.sum_over_ranks(total) / (ACCUMULATION * ranks)).item())
+        losses.append((dist.sum_over_ranks(total) / (accumulation * ranks)).item())
     return losses
 
 
