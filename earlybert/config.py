@@ -26,6 +26,9 @@ T = TypeVar("T")
 class EarlyBertError(ValueError):
     """A mistake that the user can mend: the message names the thing, the value and the remedy."""
 
+    exit_code = 2
+    """Of a command that it ends."""
+
 
 class SettingsError(EarlyBertError):
     """A setting that is unknown, of the wrong type or out of range."""
@@ -155,13 +158,13 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit: 2 with one message for the user's mistakes, never a traceback for
-    those."""
+    """Run a script's `main` and exit: one message and its `exit_code` for the user's mistakes, never a
+    traceback for those."""
     try:
         code = main()
     except EarlyBertError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -160,6 +160,9 @@ class Experiment:
     """Folder of the run folders."""
     log_every: int = 10
     """Optimizer steps between two progress lines."""
+    hang_seconds: float = 480.0
+    """A run that stands still for so long ends and names the rank it waits for; below the collectives' own
+    limit (DEEPSPEED_TIMEOUT, ten minutes)."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -168,6 +171,8 @@ class Experiment:
             raise SettingsError("no [[phases]]: add at least one")
         if self.log_every < 1:
             raise SettingsError(f"log_every = {self.log_every}: must be at least 1")
+        if self.hang_seconds <= 0:
+            raise SettingsError(f"hang_seconds = {self.hang_seconds}: must be positive")
         if self.seed < 0:
             raise SettingsError(f"seed = {self.seed}: must not be negative")
         longest = max(phase.sequence_length for phase in self.phases)
@@ -202,7 +207,7 @@ class Experiment:
     def fingerprint(self) -> str:
         """sha256 of everything that decides the course of the run; what only watches it is left out."""
         values = as_dict(self)
-        for key in ("name", "runs", "log_every", "deepspeed", "evaluate", "checkpoint"):
+        for key in ("name", "runs", "log_every", "hang_seconds", "deepspeed", "evaluate", "checkpoint"):
             values.pop(key, None)
         values["data"].pop("workers", None)
         values["data"].pop("corpus", None)  # its content's fingerprint is compared instead

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from earlybert import checkpoint, dist, mechanics, report, run, schedule, targets
+from earlybert import checkpoint, dist, faults, mechanics, report, run, schedule, targets
 from earlybert.adapters import enable_checkpointing
 from earlybert.config import EarlyBertError
 from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches, prepare_workers
@@ -32,6 +32,7 @@ from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.optim import Lamb
 from earlybert.schedule import At
 from earlybert.shards import Corpus, tokenizer_sha256
+from earlybert.watch import RankLost, Watch
 
 STOPPED = 143
 """Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
@@ -79,9 +80,20 @@ def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: st
     EarlyBertError for whatever the user can mend, before the first step wherever it can be known by then.
     """
     trainer = _Trainer(experiment, mechanics_values, where=where)
+    why = "it stopped"
     try:
         return trainer.run()
+    except RuntimeError as error:
+        # What a collective says when another rank is gone is a matter of sockets: say which rank.
+        if (lost := trainer.watch.lost()) is None:
+            why = str(error)
+            raise
+        raise RankLost(f"{lost}; the same command goes on from the newest checkpoint") from error
+    except EarlyBertError as error:
+        why = str(error)
+        raise
     finally:
+        trainer.watch.leave(why)
         trainer.close()
 
 
@@ -142,6 +154,7 @@ class _Trainer:
         self.step = 0 if self.found is None else self.found.manifest.step
         self.phase = self._at(self.step).phase
         self.engine = self._start_engine()
+        self.watch = Watch(self.folder, seconds=experiment.hang_seconds)
 
     def run(self) -> Result:
         if dist.rank() == 0:
@@ -209,9 +222,12 @@ class _Trainer:
         ranks, micros = dist.world_size(), at.settings.micro_batches
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         for micro in range(accumulation):
+            self.watch.mark(f"step {self.step + 1}: data")
+            faults.point("step.data")
             batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
             number = micro * ranks + dist.rank()
             torch.manual_seed(_key(self.experiment.seed, self.step, number))
+            self.watch.mark(f"step {self.step + 1}: micro-batch {micro + 1} of {accumulation}")
             output = engine(**batch)
             # DeepSpeed takes the mean over all rounds of all ranks, idle ones among them.
             weight = accumulation * ranks / micros if number < micros else 0.0
@@ -276,6 +292,7 @@ class _Trainer:
         engine.eval()
         with torch.no_grad():
             for batch in batches:
+                self.watch.mark(f"evaluation after step {self.step}")
                 batch.pop("next_sentence_label", None)  # the held-out loss is the masked-LM loss
                 output = engine(**{key: value.to(device) for key, value in batch.items()})
                 counted = output.counted.double()
@@ -290,8 +307,10 @@ class _Trainer:
 
     def _save(self, *, wait: bool) -> None:
         """Begin a checkpoint; with `wait`, or where the settings say so, until it is on disk. Collective."""
+        self.watch.mark(f"checkpoint of step {self.step}")
         self.saver.begin(self.engine, step=self.step, trainer=asdict(self.memory))
         if wait or not self.experiment.checkpoint.background:
+            self.watch.mark(f"writing the checkpoint of step {self.step}")
             self.saver.commit()
         if wait and self.saver.failed is not None:
             raise EarlyBertError(

@@ -10,7 +10,7 @@ FLOORS = {
     0: {"config", "dist", "shards", "mechanics", "faults"},
     1: {
         "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
-        "adapters", "targets", "rates",
+        "adapters", "targets", "rates", "watch",
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
