@@ -136,6 +136,10 @@ class PackedSamples:
             ids[here] = permute(positions[here], length=self._count, key=key)
         return ids, epochs
 
+    def documents_of(self, sample: int) -> list[int]:
+        """Indices in the corpus of the documents that a sample is made of."""
+        return self._packing.documents_of(sample)
+
     def rows(self, ids: np.ndarray, *, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Make the samples `ids` as they are in `epochs`: arrays of int64, one row a sample.
 

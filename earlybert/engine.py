@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import time
 import weakref
@@ -134,8 +135,7 @@ class Engine:
         self.draw_seconds: dict[str, float] = {}
         """Parts of the last draw's pause."""
         self.grad_norm: float | None = None
-        """Global gradient norm of the last step, before clipping; None where DeepSpeed does not tell (ZeRO-0,
-        fp32)."""
+        """Global gradient norm of the last step, before clipping; None before the first one."""
         self._loss_scale = LossScale()
         self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self.adapter = adapter_of(model, searched=bird is not None)
@@ -190,11 +190,28 @@ class Engine:
         Collective. After a draw `module`, `optimizer` and their parameters are new objects.
         """
         boundary = self.inner.is_gradient_accumulation_boundary()
+        norm = self._plain_norm() if boundary else None
         self.inner.step()
         if not boundary:
             return
-        norm = self.inner.get_global_grad_norm()
+        norm = self.inner.get_global_grad_norm() if norm is None else norm
         self.grad_norm = None if norm is None else float(norm)
+        self._after_step()
+
+    def skip(self) -> None:
+        """Give up the gradients of this step, instead of `step` at its boundary, and count it. Collective.
+
+        The state goes on in a fresh engine, since no DeepSpeed optimizer forgets its gradients on demand. A
+        look that is due comes all the same.
+        """
+        kept = state.read(self.inner)
+        kept.counters["global_steps"] += 1
+        kept.counters["skipped_steps"] += 1
+        kept.counters["global_samples"] += self.inner.train_batch_size()
+        self._reopen(kept)
+        self._after_step()
+
+    def _after_step(self) -> None:
         if self._bird is not None and self.searching:
             if self._anchors_at(self.inner.global_steps):
                 self.anchor = state.read(self.inner, moments=False)
@@ -237,10 +254,12 @@ class Engine:
 
     def reopen(self, *, micro_batch: int, accumulation: int) -> None:
         """Go on with another micro-batch and accumulation: the same state in a fresh engine. Collective."""
-        kept = state.read(self.inner)
         self._config["train_micro_batch_size_per_gpu"] = micro_batch
         self._config["gradient_accumulation_steps"] = accumulation
         self._config.pop("train_batch_size", None)
+        self._reopen(state.read(self.inner))
+
+    def _reopen(self, kept: state.State) -> None:
         config, rates = self.module.config, Rates(self.inner)
         self.close()
         self._open(self._build(config), kept)
@@ -275,6 +294,21 @@ class Engine:
                 )
 
     # --- inside ---
+
+    def _plain_norm(self) -> float | None:
+        """The gradients' norm where DeepSpeed steps a bare optimizer (ZeRO-0, fp32) and looks at none.
+
+        Not finite, the gradients are dropped, as DeepSpeed does at every other stage and precision: the step
+        is skipped and counted.
+        """
+        if hasattr(self.inner.optimizer, "optimizer"):
+            return None
+        gradients = [p.grad for p in self.inner.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.inner.module.zero_grad(set_to_none=True)
+            self.inner.skipped_steps += 1
+        return norm
 
     @property
     def _penalised(self) -> bool:

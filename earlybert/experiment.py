@@ -17,6 +17,7 @@ from typing import Any, Literal
 from earlybert import mechanics, targets
 from earlybert.config import SettingsError, as_dict, override, parse, read_toml
 from earlybert.data import DataSettings
+from earlybert.guard import GuardSettings
 from earlybert.model import EarlyBertConfig
 from earlybert.schedule import PhaseSettings
 from earlybert.ticket import TicketSettings
@@ -154,6 +155,7 @@ class Experiment:
     ticket: TicketSettings = field(default_factory=TicketSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     seed: int = 0
     """Of initial weights, order, masks and dropout, each under a key of its own."""
     runs: str = "runs"

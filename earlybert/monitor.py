@@ -78,7 +78,11 @@ def cut_metrics(path: Path, *, last_step: int | None) -> None:
 
 def progress_line(values: Mapping[str, Any], *, total_steps: int, eta_seconds: float | None) -> str:
     """One line of fixed columns with the names of TensorBoard."""
-    parts = [f"step {values['step']:>7,}/{total_steps:,}", f"loss {values['loss']:.3f}"]
+    loss = values["loss"]  # none where every step of the line was skipped
+    parts = [
+        f"step {values['step']:>7,}/{total_steps:,}",
+        "loss     -" if loss is None else f"loss {loss:.3f}",
+    ]
     parts.append(f"acc {values['mlm_accuracy']:.3f}")
     norm = values.get("grad_norm")
     parts.append(f"grad {norm:.2f}" if norm is not None else "grad    -")

@@ -35,6 +35,12 @@ class Pieces:
     def __len__(self) -> int:
         return int(self._ends[-1]) // self._room if len(self._ends) else 0
 
+    def documents_of(self, sample: int) -> list[int]:
+        """Indices in the corpus of the documents that a sample takes tokens from."""
+        first, _ = _place(self._ends, sample * self._room)
+        last, _ = _place(self._ends, (sample + 1) * self._room - 1)
+        return self.documents[first : last + 1].tolist()
+
     def fill(self, tokens_T: np.ndarray, sample: int) -> None:
         """Write sample number `sample` into a row."""
         at, offset = _place(self._ends, sample * self._room)
@@ -76,6 +82,10 @@ class Pairs:
     def __len__(self) -> int:
         enough = len(self.documents) >= (2 if self._task == "nsp" else 1)
         return int(self._ends[-1]) if enough else 0
+
+    def documents_of(self, sample: int) -> list[int]:
+        """Index in the corpus of the document that A comes from (which B's is, chance decides)."""
+        return [int(self.documents[_place(self._ends, sample)[0]])]
 
     def fill(self, tokens_T: np.ndarray, types_T: np.ndarray, sample: int, *, chance: list[int]) -> int:
         """Write sample number `sample` into a row and its token types; returns the label.

@@ -10,20 +10,28 @@ the loss.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from earlybert import checkpoint, dist, faults, mechanics, report, run, schedule, targets
+from earlybert import checkpoint, dist, faults, guard, mechanics, report, run, schedule, targets
 from earlybert.adapters import enable_checkpointing
 from earlybert.config import EarlyBertError
-from earlybert.data import Loader, PackedSamples, check_vocabulary, held_out_batches, prepare_workers
+from earlybert.data import (
+    Loader,
+    MicroBatch,
+    PackedSamples,
+    check_vocabulary,
+    held_out_batches,
+    prepare_workers,
+)
 from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
 from earlybert.experiment import Experiment
 from earlybert.lifecycle import check_config, empty_module
@@ -60,6 +68,16 @@ class _Memory:
     """Time in training steps and draws, evaluations and saves not counted."""
     eval_losses: dict[str, float] = field(default_factory=dict)
     """{step: held-out loss}."""
+    recent: list[float] = field(default_factory=list)
+    """Good losses of the last steps of this phase and shape, for the guard."""
+    bad_steps: int = 0
+    """In a row, up to now."""
+    passed: dict[str, int] = field(default_factory=dict)
+    """{sequence length: samples that roll-backs have passed by}."""
+
+
+class _GoBack(Exception):
+    """A step's numbers are bad and the run goes back to a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +155,7 @@ class _Trainer:
         self.claim = run.claim(experiment, corpus=corpus, where=where)
         self.folder = self.claim.folder
         checkpoints = self.folder / "checkpoints"
-        self.found = checkpoint.newest_good(checkpoints, of=(experiment.fingerprint, corpus))
-        if self.found is not None:
-            checkpoint.same_precision(self.found.manifest, precision=self.precision)
+        self._find()
         self.saver = checkpoint.Saver(
             checkpoints,
             experiment=experiment.fingerprint,
@@ -151,12 +167,45 @@ class _Trainer:
         )
         if dist.rank() == 0:
             run.describe(experiment, mechanics_values, corpus=corpus)
-        self.step = 0 if self.found is None else self.found.manifest.step
-        self.phase = self._at(self.step).phase
+        self.rolled_back: list[int] = []
+        """Steps to which this start has gone back, as long as it is the same one."""
         self.engine = self._start_engine()
         self.watch = Watch(self.folder, seconds=experiment.hang_seconds)
 
     def run(self) -> Result:
+        self._begin()
+        stopped = False
+        with self._signals():
+            while self.step < self.total and not stopped:
+                at = self._at(self.step)
+                if at.phase != self.phase:
+                    self._change_phase(at)
+                try:
+                    with contextlib.closing(self._loader(at)) as batches:
+                        stopped = self._train_phase(batches)
+                except _GoBack as bad:
+                    why = str(bad)
+                else:
+                    continue
+                self._roll_back(why)  # not in the except clause, whose traceback holds the old engine
+        if stopped:
+            self._say(f"stopped at step {self.step:,} after a checkpoint; the same command goes on from here")
+        else:
+            self._say(f"done: {self.total:,} steps, {duration(self.memory.trained_seconds)} of training")
+        return Result(self.step, stopped, {int(k): v for k, v in self.memory.eval_losses.items()})
+
+    def _find(self) -> None:
+        """The newest good checkpoint and what follows from it: step and phase. Collective."""
+        self.found = checkpoint.newest_good(
+            self.folder / "checkpoints", of=(self.experiment.fingerprint, self.corpus.manifest.content)
+        )
+        if self.found is not None:
+            checkpoint.same_precision(self.found.manifest, precision=self.precision)
+        self.step = 0 if self.found is None else self.found.manifest.step
+        self.phase = self._at(self.step).phase
+
+    def _begin(self) -> None:
+        """Open the run's records where the step is, and evaluate what was not trained yet. Collective."""
         if dist.rank() == 0:
             self.monitor = Monitor(self.folder, resume_step=None if self.found is None else self.step)
             self._write_ticket()
@@ -165,19 +214,6 @@ class _Trainer:
             eval_loss = self._evaluate()
             if self.monitor is not None:
                 self.monitor.record({"step": 0, "phase": 0, "eval_loss": eval_loss})
-        stopped = False
-        with self._signals():
-            while self.step < self.total and not stopped:
-                at = self._at(self.step)
-                if at.phase != self.phase:
-                    self._change_phase(at)
-                with contextlib.closing(self._loader(at)) as batches:
-                    stopped = self._train_phase(batches)
-        if stopped:
-            self._say(f"stopped at step {self.step:,} after a checkpoint; the same command goes on from here")
-        else:
-            self._say(f"done: {self.total:,} steps, {duration(self.memory.trained_seconds)} of training")
-        return Result(self.step, stopped, {int(k): v for k, v in self.memory.eval_losses.items()})
 
     def close(self) -> None:
         if self.monitor is not None:
@@ -186,7 +222,7 @@ class _Trainer:
 
     # --- the loop ---
 
-    def _train_phase(self, batches: Iterator[dict[str, torch.Tensor]]) -> bool:
+    def _train_phase(self, batches: Iterator[MicroBatch]) -> bool:
         """Train to the end of the current phase; return True where a signal stopped it."""
         settings = self.experiment
         while self.step < self.total:
@@ -198,6 +234,7 @@ class _Trainer:
             drawn = len(self.engine.progress.tickets) > draws
             end = at.step_in_phase + 1 == at.settings.steps
             if drawn:
+                self.memory.recent = []
                 self._tell_draw()
             evaluate = drawn or self.step == self.total or self.step % settings.evaluate.every == 0
             eval_loss = self._evaluate() if evaluate else None
@@ -212,8 +249,11 @@ class _Trainer:
                 return True
         return False
 
-    def _train_step(self, batches: Iterator[dict[str, torch.Tensor]], at: At) -> bool:
-        """Take one optimizer step; return True where any rank was asked to stop. Collective."""
+    def _train_step(self, batches: Iterator[MicroBatch], at: At) -> bool:
+        """Take one optimizer step; return True where any rank was asked to stop. Collective.
+
+        Raises _GoBack where its numbers are bad and the settings say so, before any update.
+        """
         began = time.perf_counter()
         engine, device = self.engine, self._device()
         engine.learning_rate = at.learning_rate
@@ -221,52 +261,121 @@ class _Trainer:
         accumulation = at.settings.accumulation(world_size=dist.world_size())
         ranks, micros = dist.world_size(), at.settings.micro_batches
         sums = torch.zeros(5, dtype=torch.float64, device=device)
+        taken: list[MicroBatch] = []
         for micro in range(accumulation):
             self.watch.mark(f"step {self.step + 1}: data")
             faults.point("step.data")
             batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            taken.append(batch)
             number = micro * ranks + dist.rank()
             torch.manual_seed(_key(self.experiment.seed, self.step, number))
             self.watch.mark(f"step {self.step + 1}: micro-batch {micro + 1} of {accumulation}")
             output = engine(**batch)
+            loss = output.loss * math.nan if faults.point("step.loss") else output.loss
             # DeepSpeed takes the mean over all rounds of all ranks, idle ones among them.
             weight = accumulation * ranks / micros if number < micros else 0.0
-            engine.backward(output.loss if weight == 1 else output.loss * weight)
+            engine.backward(loss if weight == 1 else loss * weight)
             if number < micros:
                 sums[:3] += torch.stack(
-                    [output.loss.detach().double(), output.correct.double(), output.counted.double()]
+                    [loss.detach().double(), output.correct.double(), output.counted.double()]
                 )
-            del output  # it refers to the engine, which a draw in `step` must be able to free
-            engine.step()
-        sums[3] = float(self.stop_requested or self.claim.stop_asked())
+            del output, loss  # they refer to the engine, which a draw in `step` must be able to free
+            if micro < accumulation - 1:
+                engine.step()
+        self.stop_requested |= self.claim.stop_asked()
+        sums[3] = float(self.stop_requested)
         sums[4] = float(self.saver.writing)
-        loss, correct, counted, stop, writing = dist.sum_over_ranks(
+        total, correct, counted, stop, writing = dist.sum_over_ranks(
             sums.to(dist.collective_device())
         ).tolist()
+        self.watch.mark(f"step {self.step + 1}: update")
+        faults.point("step.update")
+        memory, line = self.memory, self.memory.sums
+        bad = self._update(total / micros, taken, at)
         self.step += 1
         if self.saver.pending and not writing:
             self.saver.commit()
-        if not math.isfinite(loss):
-            raise EarlyBertError(
-                f"the loss became {loss} at step {self.step} (learning rate {at.learning_rate:g}, gradient "
-                f"norm {engine.grad_norm}); nothing was saved after that. "
-                "Start again under another name= with a lower "
-                "phases.learning_rate, a longer warmup, or bf16 instead of fp16"
-            )
-        open_line = self.memory.sums
         seconds = time.perf_counter() - began
-        open_line.loss += loss
-        open_line.correct += correct
-        open_line.counted += counted
-        open_line.micro_batches += micros
-        open_line.steps += 1
-        open_line.tokens += at.settings.batch * at.settings.sequence_length
-        open_line.seconds += seconds
-        self.memory.trained_seconds += seconds
+        if bad is None:
+            memory.recent = [*memory.recent[1 - self.experiment.guard.window :], total / micros]
+            memory.bad_steps = 0
+            line.loss += total
+            line.correct += correct
+            line.counted += counted
+            line.micro_batches += micros
+        line.steps += 1
+        line.tokens += at.settings.batch * at.settings.sequence_length
+        line.seconds += seconds
+        memory.trained_seconds += seconds
         return stop > 0
+
+    def _update(self, loss: float, taken: Sequence[MicroBatch], at: At) -> str | None:
+        """Update the weights, or do not where the step's numbers are bad: then say what is. Collective."""
+        engine, settings = self.engine, self.experiment.guard
+        bad = guard.judge(loss, self.memory.recent, settings=settings)
+        if bad is None:
+            skipped = engine.skipped_steps
+            engine.step()
+            # In fp16 that is the loss scaler's daily work, and it has a limit of its own.
+            if engine.skipped_steps == skipped or self.precision == "fp16":
+                return None
+            bad = f"the loss is {loss:.3f}, its gradient is not finite"
+        else:
+            bad += "; " + guard.suspects(
+                engine,
+                taken,
+                self.samples["train", at.settings.sequence_length],
+                first=self._first_sample(at),
+                micro_batches=at.settings.micro_batches,
+                worst=loss if math.isfinite(loss) else math.inf,
+            )
+            if settings.action == "skip":
+                engine.skip()
+        bad = f"step {self.step + 1} (learning rate {at.learning_rate:.3g}): {bad}"
+        self.memory.bad_steps += 1
+        if settings.action == "stop" or self.memory.bad_steps > settings.limit:
+            if self.saver.pending:
+                self.saver.commit()
+            many = "" if settings.action == "stop" else f"{self.memory.bad_steps} bad steps in a row, now "
+            raise EarlyBertError(
+                f"{many}{bad}. It was not taken and nothing was saved after it. Start again under another "
+                "name= with a lower phases.learning_rate or a longer warmup, or with guard.action=roll_back; "
+                "a sample that is bad by itself is bad data: show.py CORPUS --document N shows it"
+            )
+        if settings.action == "roll_back":
+            raise _GoBack(bad)
+        self._say(f"{bad}; its update was skipped")
+        return bad
+
+    def _roll_back(self, why: str) -> None:
+        """Go on from the newest good checkpoint, past all batches that were trained on since. Collective."""
+        bad = self.step
+        if self.saver.pending:
+            self.saver.commit()
+        self.engine.close()
+        self._find()
+        self.rolled_back = [step for step in self.rolled_back if step == self.step] + [self.step]
+        if len(self.rolled_back) > self.experiment.guard.limit:
+            raise EarlyBertError(
+                f"{why}; the run went back to step {self.step} {self.experiment.guard.limit} times without "
+                "getting past it. Start again under another name= with a lower phases.learning_rate or a "
+                "longer warmup"
+            )
+        self.engine = self._start_engine()
+        for step in range(self.step, bad + 1):
+            phase = self._at(step).settings
+            key = str(phase.sequence_length)
+            self.memory.passed[key] = self.memory.passed.get(key, 0) + phase.batch
+        if self.monitor is not None:
+            self.monitor.close()
+        self._begin()
+        self._say(
+            f"{why}; gone back to step {self.step}, past the batches of steps {self.step + 1} to {bad + 1}"
+        )
 
     def _change_phase(self, at: At) -> None:
         self.phase = at.phase
+        self.memory.recent = []  # another length, another loss
         self.engine.reopen(
             micro_batch=at.settings.micro_batch,
             accumulation=at.settings.accumulation(world_size=dist.world_size()),
@@ -323,6 +432,7 @@ class _Trainer:
     def _start_engine(self) -> Engine:
         """The dense model from its seed, or the shape and state of the checkpoint."""
         settings, found = self.experiment, self.found
+        self.memory = _Memory()
         if found is None:
             dense = settings.model.config(
                 vocab_size=self.corpus.manifest.vocab_size,
@@ -352,10 +462,8 @@ class _Trainer:
         )
         if found is not None:
             checkpoint.verify(engine, found)
-            stored = found.manifest.trainer
-            self.memory = _Memory(
-                _Sums(**stored["sums"]), stored["trained_seconds"], dict(stored["eval_losses"])
-            )
+            stored = copy.deepcopy(found.manifest.trainer)
+            self.memory = _Memory(**{**stored, "sums": _Sums(**stored["sums"])})
         return engine
 
     def _work(self) -> targets.Work:
@@ -400,7 +508,7 @@ class _Trainer:
             accumulation=at.settings.accumulation(world_size=dist.world_size()),
             rank=dist.rank(),
             world_size=dist.world_size(),
-            position=samples.position(at.samples_before),
+            position=samples.position(self._first_sample(at)),
             workers=self.experiment.data.workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -436,7 +544,7 @@ class _Trainer:
         values = {
             "step": self.step,
             "phase": self.phase,
-            "loss": sums.loss / sums.micro_batches,
+            "loss": sums.loss / sums.micro_batches if sums.micro_batches else None,
             "mlm_accuracy": sums.correct / max(1.0, sums.counted),
             "lr": at.learning_rate * self.warming,
             "grad_norm": engine.grad_norm,
@@ -447,7 +555,10 @@ class _Trainer:
             "heads_kept": sum(config.heads_per_layer),
             "neurons_kept": sum(config.neurons_per_layer),
             "parameters": _parameter_count(engine.module),
+            "skipped_steps": engine.skipped_steps,
         }
+        if self.precision == "fp16":
+            values["loss_scale"] = engine.optimizer.loss_scale
         if eval_loss is not None:
             values["eval_loss"] = eval_loss
         if tickets and tickets[-1].step == self.step:
@@ -520,6 +631,10 @@ class _Trainer:
             self.monitor.say(text)
 
     # --- small things ---
+
+    def _first_sample(self, at: At) -> int:
+        """Position of a step's first sample since the start of the run."""
+        return at.samples_before + self.memory.passed.get(str(at.settings.sequence_length), 0)
 
     def _at(self, step: int) -> At:
         return schedule.at(min(step, self.total - 1), phases=self.experiment.phases)

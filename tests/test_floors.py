@@ -14,7 +14,7 @@ FLOORS = {
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
-        "baselines", "state_files",
+        "baselines", "state_files", "guard",
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
     4: {"trainer"},
@@ -34,7 +34,8 @@ SAME_FLOOR = {
     ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
     ("adapters", "targets"), ("baselines", "state"), ("cutting", "shrink"),
     ("cutting", "state"), ("state", "layouts"), ("state_files", "state"), ("state_files", "shrink"),
-    ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("pretrained", "export"),
+    ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("experiment", "guard"),
+    ("pretrained", "export"),
 }  # fmt: skip
 
 

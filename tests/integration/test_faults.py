@@ -1,11 +1,17 @@
 """What goes wrong under a run: it ends in words, and the same command then equals the unbroken run."""
 
+import json
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 from test_pretrain import Folder, told, wait_for_step
 
+from earlybert import checkpoint
+from earlybert.data import DataSettings, PackedSamples
 from earlybert.faults import VARIABLE
+from earlybert.shards import Corpus
 from earlybert.watch import LOST
 
 SHORT = ["phases.0.steps=10", "phases.1.steps=2", "hang_seconds=4"]
@@ -64,3 +70,63 @@ def test_a_rank_that_ends_with_an_error_is_named_with_it(unbroken):
 def test_an_armed_fault_that_does_not_exist_is_refused(unbroken):
     assert unbroken.run("name=typo", *SHORT, ranks=1, **{VARIABLE: "kill@step.dta"}) == [2]
     assert "'kill@step.dta' is not ACTION@POINT" in unbroken.log()
+
+
+POISONED = Path(__file__).parent / "pretrain_with_poison.py"
+GUARDED = [*SHORT, "guard.window=3", "checkpoint.every=4"]
+
+
+def poison(folder, factor):
+    """The environment of a run whose sample at the third place of step 5 is bad, and what names it."""
+    corpus = Corpus.open(str(folder.path / "corpus"))
+    settings = DataSettings(corpus=str(corpus.folder), held_out=0.1)
+    samples = PackedSamples(corpus, settings=settings, sequence_length=16, seed=3)
+    ids, epochs = samples.ids(np.array([4 * 8 + 2]))
+    row = samples.rows(ids, epochs=epochs)["input_ids"][0].tolist()
+    documents = ", ".join(map(str, samples.documents_of(int(ids[0]))))
+    name = f"sample {ids[0]} of epoch {epochs[0]} (documents {documents})"
+    return {"POISON_ROW": json.dumps(row), "POISON_FACTOR": factor}, name
+
+
+def test_a_sample_that_makes_the_loss_nan_is_named_and_its_step_skipped(unbroken):
+    environment, name = poison(unbroken, "nan")
+    codes = unbroken.run("name=not-a-number", *GUARDED, script=POISONED, **environment)
+    assert codes == [0, 0], unbroken.log()
+    assert f"bad by themselves at sequence length 16: {name}, loss nan" in unbroken.log()
+    assert "the loss is nan" in unbroken.log() and "its update was skipped" in unbroken.log()
+    lines = {line["step"]: line for line in unbroken.metrics("not-a-number")}
+    assert lines[4]["loss"] == {m["step"]: m for m in unbroken.metrics("unbroken")}[4]["loss"]
+    assert lines[5]["loss"] is None and lines[5]["skipped_steps"] == 1 and lines[12]["skipped_steps"] == 1
+
+
+def test_a_spike_can_send_the_run_back_past_its_batch_and_a_kill_changes_nothing(tmp_path):
+    folder = Folder(tmp_path, stage=3, precision="fp32")
+    environment, name = poison(folder, "40")
+    words = [*GUARDED, "guard.action=roll_back"]
+    assert folder.run("name=back", *words, script=POISONED, **environment) == [0, 0], folder.log()
+    said = folder.log()
+    assert "standard deviations above" in said and f"bad by themselves at sequence length 16: {name}" in said
+    assert "gone back to step 4, past the batches of steps 5 to 5" in said
+    lines = folder.metrics("back")
+    assert [line["step"] for line in lines] == list(range(13)) and lines[-1]["skipped_steps"] == 0
+    found = checkpoint.newest_good(folder.path / "runs" / "back" / "checkpoints")
+    assert found is not None and found.manifest.trainer["passed"] == {"16": 8}
+
+    environment[VARIABLE] = "kill@step.data#13"  # after it went back, before the next checkpoint
+    assert folder.run("name=twice", *words, script=POISONED, **environment) == [-signal.SIGKILL] * 2
+    del environment[VARIABLE]
+    assert folder.run("name=twice", *words, script=POISONED, **environment) == [0, 0], folder.log()
+    assert told(folder.metrics("twice")) == told(lines)
+
+
+def test_bad_numbers_can_end_the_run_and_always_do_when_there_are_too_many(unbroken):
+    environment, name = poison(unbroken, "inf")
+    codes = unbroken.run("name=stops", *GUARDED, "guard.action=stop", script=POISONED, **environment)
+    assert codes == [2, 2], unbroken.log()
+    assert name in unbroken.log() and "It was not taken and nothing was saved after it" in unbroken.log()
+    names = checkpoint.names(unbroken.path / "runs" / "stops" / "checkpoints")
+    assert names == ["step-0000004"], "the one before it"
+    spoiled = ",".join(f"spoil@step.loss#{time}:0" for time in (9, 11, 13))
+    codes = unbroken.run("name=many", *GUARDED, "guard.limit=2", **{VARIABLE: spoiled})
+    assert codes == [2, 2] and "3 bad steps in a row, now step 7" in unbroken.log()
+    assert "no sample of the step is bad by itself" in unbroken.log()
