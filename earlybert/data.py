@@ -11,7 +11,6 @@ Shapes: B rows of a micro-batch, T sequence length, P positions to guess a row.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -20,6 +19,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -410,11 +410,22 @@ def _begin_worker(owner: int, _worker: int) -> None:
     # closes its workers; workers that died at once would break the step that it is finishing.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+    try:
+        life = os.pidfd_open(owner)
+    except ProcessLookupError:
+        os._exit(0)
+    say = sys.excepthook
+
+    def unless_gone(*error: Any) -> None:
+        """A killed rank breaks the worker's pipes: nothing to report."""
+        if not select.select([life], [], [], 1.0)[0]:
+            say(*error)
+
+    sys.excepthook = unless_gone
+    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
 
 
-def _end_with(owner: int) -> None:
+def _end_with(life: int) -> None:
     """Leave when the rank is gone, killed or not: the server stays as long as a worker does."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(owner)], [], [])
+    select.select([life], [], [])
     os._exit(0)

@@ -40,6 +40,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     # The virtual environment's own ninja must be found even where the environment is not activated.
+    # A store or socket of a rank that is gone is told with C++ frames; the run itself says which rank it was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     from earlybert.config import run_command
 

@@ -1,0 +1,530 @@
+"""Pull plugs: run an experiment under kills, hangs, full disks and damaged checkpoints, and compare it with
+the unbroken run to the last bit.
+
+    python scripts/torture.py [--kills 60] [--seed 0] [--ranks 2] [--stage 0-3] [--out DIR] [--report FILE]
+
+A tiny EarlyBERT (search, draw, two phases, evaluations, background saves) is trained once without a fault.
+Then runs of it meet one fault after the other, the same command being started again each time, until they
+finish; their metrics, ticket and last checkpoint must equal the unbroken run's, and what was wrong must have
+been named in words. A fault counts where it was met (a run may be over before). Prints a table; exit status
+1 where anything differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOST = 75
+FOREIGN = "0" * 64
+TIMES = ("tokens_per_second", "step_seconds", "draw_seconds")
+STEPS, DRAWN = 30, 12
+EXPERIMENT = f"""
+deepspeed = "deepspeed.json"
+seed = 5
+log_every = 2
+hang_seconds = 5
+model = {{ layers = 2, hidden = 32, heads = 4, neurons = 48, positions = 32 }}
+data = {{ corpus = "corpus", held_out = 0.1 }}
+ticket = {{ every = 3, minimum_step = 12, latest_step = {DRAWN}, neuron_multiple = 1, minimum_neurons = 1 }}
+evaluate = {{ every = 7, samples = 8 }}
+checkpoint = {{ every = 3, keep = 3 }}
+[[phases]]
+steps = 22
+sequence_length = 16
+batch = 8
+micro_batch = 2
+learning_rate = 3e-3
+[[phases]]
+steps = {STEPS - 22}
+sequence_length = 32
+batch = 4
+micro_batch = 2
+learning_rate = 1e-3
+"""
+
+
+Damage = Callable[[Path, random.Random], tuple[bool, str]]
+"""Spoils a run's newest checkpoint; whether there was one, and what the next start must say."""
+
+
+@dataclass
+class Fault:
+    """One thing that goes wrong, and what the run must say of it."""
+
+    kind: str
+    armed: str = ""
+    """EARLYBERT_FAULTS of this start."""
+    act: Callable[[Start], bool] | None = None
+    """Done to a running start; whether it still ran."""
+    damage: Damage | None = None
+    """Done to the checkpoints between two starts."""
+    says: str = ""
+    """What this start says when it meets the fault."""
+
+
+@dataclass
+class Tally:
+    """What came of one kind of fault."""
+
+    times: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class Start:
+    """One start of the command: `ranks` processes with a common log."""
+
+    def __init__(self, folder: Path, name: str, *, ranks: int, armed: str = "") -> None:
+        self.folder, self.run = folder, folder / "runs" / name
+        self.log_path = folder / f"{name}.log"
+        self._begin = self.log_path.stat().st_size if self.log_path.exists() else 0
+        shared = {
+            **os.environ,
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks), "EARLYBERT_FAULTS": armed,
+            "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+        }  # fmt: skip
+        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), "experiment.toml", f"name={name}"]
+        self.processes = []
+        with open(self.log_path, "ab") as log:
+            for rank in range(ranks):
+                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes.append(subprocess.Popen(command, cwd=folder, env=own, stdout=log, stderr=log))
+
+    def alive(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Exit codes; where a rank has ended badly the others get a minute, as a launcher would give them."""
+        deadline = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < deadline:
+            if any(process.poll() for process in self.processes):
+                deadline = min(deadline, time.monotonic() + 60)
+                break
+            time.sleep(0.05)
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        return [process.wait() for process in self.processes]
+
+    def said(self) -> str:
+        with open(self.log_path, "rb") as log:
+            log.seek(self._begin)
+            return log.read().decode(errors="replace")
+
+    def step(self) -> int:
+        """The newest step in metrics.jsonl."""
+        try:
+            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+            return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+        except (OSError, ValueError):
+            return 0
+
+    def wait_for_step(self, step: int) -> None:
+        while self.step() < step and self.alive():
+            time.sleep(0.005)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="torture.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=60, metavar="N", help="faults in all")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="chooses faults and moments")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the table there as Markdown")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.out or Path(temporary)).resolve()
+        prepare(folder, stage=arguments.stage, precision=arguments.precision)
+        began = time.perf_counter()
+        tallies, starts = torture(folder, arguments)
+        seconds = time.perf_counter() - began
+    problems = [problem for tally in tallies.values() for problem in tally.problems]
+    total = sum(tally.times for tally in tallies.values())
+    summary = (
+        f"{total} faults in {starts} starts, {seconds:.0f} s, seed {arguments.seed}, {arguments.ranks} "
+        f"ranks, ZeRO-{arguments.stage}, {arguments.precision}: {len(problems)} differences"
+    )
+    print("\n".join([table(tallies), "", summary, *problems]))
+    if arguments.report:
+        command = f"python scripts/torture.py {' '.join(sys.argv[1:])}"
+        text = f"# Plugs pulled\n\nWritten by `{command}`.\n\n{summary}.\n\n{table(tallies)}\n"
+        arguments.report.write_text(text)
+    return 1 if problems else 0
+
+
+def prepare(folder: Path, *, stage: int, precision: str) -> None:
+    """The corpus, the experiment, the unbroken run, and a checkpoint of another experiment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = f"text:{ROOT}/docs/*.md"
+    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), texts, "--out", "corpus", "--vocab-size"]
+    subprocess.run([*command, "600", "--tasks", "2"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    mechanics: dict[str, object] = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}
+    if precision != "fp32":
+        mechanics[precision] = {"enabled": True}
+    (folder / "deepspeed.json").write_text(json.dumps(mechanics))
+    (folder / "experiment.toml").write_text('name = "unbroken"\n' + EXPERIMENT)
+
+
+def torture(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Tally], int]:
+    """Run after run, each under several faults, until there were enough."""
+    chance = random.Random(arguments.seed)
+    ranks = arguments.ranks
+    began = time.perf_counter()
+    whole = Start(folder, "unbroken", ranks=ranks)
+    if whole.wait() != [0] * ranks:
+        raise SystemExit(f"the unbroken run failed:\n{whole.said()}")
+    length = time.perf_counter() - began
+    foreign = folder / "foreign"
+    newest = _newest(folder / "runs" / "unbroken")
+    assert newest is not None
+    shutil.copytree(newest, foreign)
+    tallies: dict[str, Tally] = {}
+    starts, number, left = 1, 0, arguments.kills
+    deck: list[Callable[[], Fault]] = []
+    while left > 0:
+        number += 1
+        name = f"broken-{number}"
+        owed: list[tuple[str, str]] = []
+        met: list[str] = []
+        for _ in range(chance.randint(2, 5)):
+            if not deck:  # every kind once before any comes again
+                deck = kinds(chance, ranks, length, foreign)
+                chance.shuffle(deck)
+            fault = deck.pop()()
+            starts += 1
+            start = Start(folder, name, ranks=ranks, armed=fault.armed)
+            hit = fault.act(start) if fault.act is not None else True
+            codes = start.wait()
+            said = start.said()
+            check_said(start, owed, tallies)
+            if fault.armed:
+                hit = fault.says in said if fault.says else -signal.SIGKILL in codes
+            if fault.damage is not None:
+                done, expected = fault.damage(start.run, chance)
+                hit = done
+                if expected:
+                    owed.append((fault.kind, expected))
+            if not hit:
+                continue
+            left -= 1
+            met.append(f"{fault.kind} {fault.armed}".strip())
+            tally = tallies.setdefault(fault.kind, Tally())
+            tally.times += 1
+            if "Traceback" in said and "a fault armed" not in said:
+                tally.problems.append(f"{name}, {met[-1]}: ended in a traceback")
+            if (
+                any(code not in (0, 75, 143, -signal.SIGKILL) for code in codes)
+                and "fail@" not in fault.armed
+            ):
+                tally.problems.append(f"{name}, {met[-1]}: ended with {codes}")
+        starts += 1
+        last = Start(folder, name, ranks=ranks)
+        codes = last.wait()
+        check_said(last, owed, tallies)
+        wrong = differences(folder / "runs" / "unbroken", last.run)
+        if codes != [0] * ranks:
+            wrong.insert(0, f"the last start ended with {codes}: {last.said()[-600:]}")
+        for problem in wrong:
+            tallies.setdefault("the whole run", Tally()).problems.append(
+                f"{name} after {'; '.join(met)}: {problem}"
+            )
+        told = f"{len(wrong)} DIFFERENCES" if wrong else "equal"
+        print(f"{name}: {told} after {'; '.join(met) or 'nothing'}", flush=True)
+        if not wrong and arguments.out is None and last.run.exists():
+            shutil.rmtree(last.run)
+    return tallies, starts
+
+
+def check_said(start: Start, owed: list[tuple[str, str]], tallies: dict[str, Tally]) -> None:
+    """What damage was done before this start must be named by it."""
+    said = start.said()
+    for kind, expected in list(owed):
+        if expected in said:
+            owed.remove((kind, expected))
+        elif "from its seed" in said or "; step " in said:  # it looked and went on
+            tallies[kind].problems.append(f"{start.run.name}: {expected!r} was not said")
+            owed.remove((kind, expected))
+
+
+# --- the faults ---
+
+
+def kinds(chance: random.Random, ranks: int, length: float, foreign: Path) -> list[Callable[[], Fault]]:
+    """Every kind of fault, as functions that choose its moment."""
+
+    def victim() -> int:
+        return chance.randrange(ranks)
+
+    def kill(*, everyone: bool, step: int) -> Fault:
+        """At any moment of the start, or a moment after a step."""
+        delay, rank = chance.uniform(0, 0.2 if step else length), victim()
+
+        def act(start: Start) -> bool:
+            start.wait_for_step(step)
+            time.sleep(delay)
+            chosen = start.processes if everyone else [start.processes[rank]]
+            running = [process for process in chosen if process.poll() is None]
+            for process in running:
+                process.kill()
+            return bool(running)
+
+        whom = "all ranks" if everyone else "one rank"
+        return Fault(f"SIGKILL of {whom}, {'while training' if step else 'at any moment'}", act=act)
+
+    def some_step() -> int:
+        return chance.randrange(1, STEPS - 4)
+
+    def armed(action: str, point: str, kind: str, says: str = "", *, latest: int = 3) -> Fault:
+        rank = 0 if point in ("save.manifest", "save.rename", "save.latest", "save.retention") else victim()
+        return Fault(kind, armed=f"{action}@{point}#{chance.randint(1, latest)}:{rank}", says=says)
+
+    def terminate() -> Fault:
+        step, delay = some_step(), chance.uniform(0, 0.1)
+
+        def act(start: Start) -> bool:
+            start.wait_for_step(step)
+            time.sleep(delay)
+            running = start.alive()
+            for process in start.processes:  # as the launcher does: the next one when this one is gone
+                process.terminate()
+                deadline = time.monotonic() + 30
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                process.kill()
+            return running
+
+        return Fault("SIGTERM, one rank after the other", act=act)
+
+    def stopped() -> Fault:
+        step, rank = some_step(), victim()
+
+        def act(start: Start) -> bool:
+            start.wait_for_step(step)
+            running = start.alive()
+            start.processes[rank].send_signal(signal.SIGSTOP)
+            others = [p for number, p in enumerate(start.processes) if number != rank]
+            deadline = time.monotonic() + 60
+            while any(p.poll() is None for p in others) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            start.processes[rank].kill()
+            return running and "does not answer" in start.said()
+
+        return Fault("a rank that does not answer (SIGSTOP)", act=act)
+
+    def damaged(kind: str, how: Damage) -> Fault:
+        return Fault(kind, act=kill(everyone=True, step=some_step()).act, damage=how)
+
+    saves = ("save.snapshot", "save.shard", "save.manifest", "save.rename", "save.latest", "save.retention")
+    draws = ("draw.read", "draw.tear_down", "draw.build", "draw.initialize")
+    return [
+        lambda: kill(everyone=False, step=0),
+        lambda: kill(everyone=True, step=0),
+        lambda: kill(everyone=False, step=some_step()),
+        lambda: kill(everyone=True, step=some_step()),
+        *[lambda point=point: armed("kill", point, f"SIGKILL inside a save ({point})") for point in saves],
+        *[
+            lambda point=point: armed("kill", point, f"SIGKILL inside the draw ({point})", latest=1)
+            for point in draws
+        ],
+        terminate,
+        lambda: armed("hang", "step.data", "a rank that hangs", "the run stands still: rank", latest=20),
+        stopped,
+        lambda: armed("full", "save.shard", "no space left for a rank's file", "could not write"),
+        lambda: armed("full", "save.manifest", "no space left for the manifest", "could not write the manif"),
+        lambda: armed("fail", "draw.build", "an error inside the draw", "a fault armed at", latest=1),
+        lambda: damaged("a truncated file", truncated),
+        lambda: damaged("a flipped bit in a file", flipped),
+        lambda: damaged("a flipped bit in the manifest", flipped_manifest),
+        lambda: damaged("a missing file", missing),
+        lambda: damaged("two ranks' files swapped", swapped),
+        lambda: damaged("`latest` names nothing", latest_broken),
+        lambda: damaged("a manifest of another run", lambda run, chance: planted(run, foreign)),
+        lambda: damaged("a half-written save left behind", left_behind),
+    ]
+
+
+def _newest(run: Path) -> Path | None:
+    """The newest sound checkpoint of this experiment."""
+    from earlybert import checkpoint
+    from earlybert.config import EarlyBertError
+
+    for name in checkpoint.names(run / "checkpoints"):
+        path = run / "checkpoints" / name
+        try:
+            manifest = checkpoint.read_manifest(path)
+        except EarlyBertError:
+            continue
+        if manifest.experiment != FOREIGN and not checkpoint.flaws(path, manifest):
+            return path
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def truncated(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None:
+        return False, ""
+    path = chance.choice(_files(newest))
+    os.truncate(path, chance.randrange(path.stat().st_size))
+    return True, f"{newest.name} is not used: {path.name} has"
+
+
+def flipped(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None:
+        return False, ""
+    path = chance.choice(_files(newest))
+    _flip(path, chance.randrange(path.stat().st_size), chance)
+    return True, f"{newest.name} is not used: {path.name} does not match its sha256"
+
+
+def flipped_manifest(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None:
+        return False, ""
+    path = newest / "manifest.json"
+    digits = [i for i, byte in enumerate(path.read_bytes()) if chr(byte).isdigit()]
+    _flip(path, chance.choice(digits), random.Random(0))
+    return True, f"{newest.name} is not used: "
+
+
+def missing(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None:
+        return False, ""
+    path = chance.choice(_files(newest))
+    path.unlink()
+    return True, f"{newest.name} is not used: {path.name} is missing"
+
+
+def swapped(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None or len(_files(newest)) < 2:
+        return False, ""
+    first, second = chance.sample(_files(newest), 2)
+    first.rename(newest / "aside")
+    second.rename(first)
+    (newest / "aside").rename(second)
+    return True, f"{newest.name} is not used: "
+
+
+def latest_broken(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None:
+        return False, ""
+    (newest.parent / "latest").write_text("step-9999999")
+    return True, ""  # nobody reads it but people
+
+
+def planted(run: Path, foreign: Path) -> tuple[bool, str]:
+    """A whole checkpoint whose manifest is another experiment's, sealed as its own program would."""
+    from earlybert.checkpoint import _sealed, read_manifest
+
+    if (newest := _newest(run)) is None:
+        return False, ""
+    name = f"step-{int(newest.name[5:]) + 1:07d}"
+    shutil.rmtree(newest.parent / name, ignore_errors=True)
+    shutil.copytree(foreign, newest.parent / name)
+    manifest = dataclasses.replace(read_manifest(foreign), experiment=FOREIGN)
+    (newest.parent / name / "manifest.json").write_text(_sealed(manifest))
+    return True, f"{name} is not used: its manifest is of another experiment"
+
+
+def left_behind(run: Path, chance: random.Random) -> tuple[bool, str]:
+    if (newest := _newest(run)) is None:
+        return False, ""
+    half = newest.parent / ".partial-step-0000029"
+    shutil.copytree(newest, half, dirs_exist_ok=True)
+    (half / "manifest.json").unlink()
+    return True, ""
+
+
+def _flip(path: Path, at: int, chance: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << chance.randrange(8) if chance.random() < 0.9 else 1
+    path.write_bytes(content)
+
+
+# --- the comparison ---
+
+
+def differences(whole: Path, broken: Path) -> list[str]:
+    """What of a run differs from the unbroken one: metrics without times, the last checkpoint, the ticket."""
+    from earlybert import checkpoint
+
+    found = []
+    lines = [_metrics(run) for run in (whole, broken)]
+    if lines[0] != lines[1]:
+        pairs = zip(*lines, strict=False)
+        first = next((a["step"] for a, b in pairs if a != b), min(len(lines[0]), len(lines[1])))
+        found.append(
+            f"metrics.jsonl differs from step {first} on ({len(lines[0])} and {len(lines[1])} lines)"
+        )
+    if [_read(run / "ticket.json") for run in (whole, broken)].count(_read(whole / "ticket.json")) != 2:
+        found.append("ticket.json differs")
+    names = [_last(run) for run in (whole, broken)]
+    if None in names or names[0].name != names[1].name:  # type: ignore[union-attr]
+        return [*found, f"the last checkpoints are {names}"]
+    ours, theirs = (checkpoint.read_manifest(path) for path in names if path is not None)
+    if ours.files != theirs.files:
+        found.append("the files of the last checkpoint differ")
+    for key in ("state", "progress", "logits"):
+        if getattr(ours, key) != getattr(theirs, key):
+            found.append(f"{key} in the last manifest differs")
+    half = [path.name for path in (broken / "checkpoints").glob(".partial-*")]
+    if half:
+        found.append(f"left behind: {half}")
+    for path in (broken / "checkpoints").glob("step-*"):
+        if wrong := checkpoint.flaws(path, checkpoint.read_manifest(path)):
+            found.append(f"{path.name}, a good name: {wrong}")
+    return found
+
+
+def _metrics(run: Path) -> list[dict[str, object]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def _last(run: Path) -> Path | None:
+    return max((run / "checkpoints").glob("step-*"), default=None)
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    rows = ["| fault | times | differences |", "|---|---|---|"]
+    rows += [f"| {kind} | {t.times} | {len(t.problems)} |" for kind, t in sorted(tallies.items())]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.exit(main())
