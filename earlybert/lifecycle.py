@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import socket
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,17 +33,19 @@ _MANY_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def start_ranks() -> None:
-    """Join the process group of the launcher (deepspeed, torchrun), or make one of a single process.
+    """Join the process group of the launcher (deepspeed, torchrun, srun), or make one of a single process.
     Collective."""
     _keep_freed_memory()
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        os.environ.update(_ranks_of_slurm())
     os.environ.setdefault("LOCAL_RANK", "0")
     if "RANK" not in os.environ:
         for many in _MANY_TASKS:
             if int(os.environ.get(many) or 1) > 1:
                 raise EarlyBertError(
                     f"{many} = {os.environ[many]}, but RANK is not set: each task would train by itself. "
-                    "Start with the deepspeed launcher or torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, "
-                    "MASTER_ADDR and MASTER_PORT for each task"
+                    "Start with the deepspeed launcher, torchrun or srun, or set RANK, LOCAL_RANK, "
+                    "WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each task"
                 )
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -51,6 +54,24 @@ def start_ranks() -> None:
     # Before any collective: NCCL takes the process' current device, which is the first one on every rank.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
+
+
+def _ranks_of_slurm() -> dict[str, str]:
+    """What a launcher would set, from the variables that srun gives every task of a step."""
+    task = os.environ
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", task["SLURM_STEP_NODELIST"]],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    job, step = int(task["SLURM_JOB_ID"]), int(task["SLURM_STEP_ID"])
+    return {
+        "RANK": task["SLURM_PROCID"],
+        "LOCAL_RANK": task["SLURM_LOCALID"],
+        "WORLD_SIZE": task["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": nodes.stdout.split()[0],
+        # The same on all tasks, and another one for jobs and steps that share a node.
+        "MASTER_PORT": task.get("MASTER_PORT", str(20_000 + (job * 7 + step) % 20_000)),
+    }
 
 
 def end_ranks() -> None:
