@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
@@ -68,7 +69,10 @@ def load(folder: str | Path) -> Any:
     with torch.device("meta"):
         adapter = adapters.adapter_of(kind(config))
     module = adapter.build(config)
-    load_model(module, folder / "model.safetensors", strict=True)
+    try:
+        load_model(module, folder / "model.safetensors", strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise EarlyBertError(f"{folder}: model.safetensors does not hold this model ({error})") from error
     adapter.attach(module)
     return module.eval()
 

@@ -113,23 +113,6 @@ def transformed(state: State, transform: Transform) -> State:
     return State(dict(state.shapes), pieces, state.step, state.moments, dict(state.counters))
 
 
-def to_tensors(state: State) -> dict[str, Any]:
-    """A state without moments, as what `torch.load` reads without trusting anyone."""
-    return {
-        "shapes": {name: list(shape) for name, shape in state.shapes.items()},
-        "starts": {name: held[MASTER].start for name, held in state.pieces.items()},
-        "masters": {name: held[MASTER].values for name, held in state.pieces.items()},
-    }
-
-
-def from_tensors(values: Mapping[str, Any]) -> State:
-    """The reverse of `to_tensors`."""
-    pieces = {
-        name: {MASTER: Piece(values["starts"][name], master)} for name, master in values["masters"].items()
-    }
-    return State({name: tuple(shape) for name, shape in values["shapes"].items()}, pieces)
-
-
 def share(count: int) -> tuple[int, int]:
     """This rank's even share [first, last) of `count` elements."""
     each = -(-count // dist.world_size())

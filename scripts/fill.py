@@ -8,6 +8,7 @@ DIR is an export of the run. It is loaded as anyone would load it, by transforme
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from collections import deque
@@ -65,7 +66,9 @@ def _filled(experiment: dict[str, Any], model: Path, *, count: int) -> Iterator[
 
     corpus = Corpus.open(experiment["data"]["corpus"], verify="size")
     settings = parse(DataSettings, experiment["data"], where="experiment.toml: data")
-    fill = pipeline("fill-mask", model=str(model), tokenizer=str(model), trust_remote_code=True, device=-1)
+    # Importing it makes a compact export's architecture known: no code of the folder is run.
+    importlib.import_module("earlybert.model")
+    fill = pipeline("fill-mask", model=str(model), tokenizer=str(model), trust_remote_code=False, device=-1)
     tokenizer: Any = fill.tokenizer
     documents = split_documents(corpus, settings=settings, split="held_out").tolist()
     waiting = deque(_hidden_words(corpus, tokenizer, document) for document in documents)
