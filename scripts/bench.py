@@ -1,10 +1,11 @@
 """Measure on this machine; every figure beside its baseline, as a table and as JSON.
 
-    python scripts/bench.py draw [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
+    python scripts/bench.py draw|save [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
 
 draw: the pause of a draw with its parts, beside one checkpoint save of the same run, and the memory of a
-rank. The model has the shape's true widths, random weights and tokens; batches are tiny, since neither
-depends on them.
+rank. save: how long a checkpoint keeps training waiting, in the background and not, beside DeepSpeed's own
+save (which makes nothing durable and hashes nothing). The model has the shape's true widths, random weights
+and tokens; batches are tiny, since neither depends on them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,11 +37,14 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     draw = commands.add_parser("draw", help="the pause of a draw and a rank's memory")
-    draw.add_argument("--shape", choices=SHAPES, default="base")
-    draw.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=3)
     draw.add_argument("--moments", choices=("reset", "keep"), default="reset")
-    draw.add_argument("--ranks", type=int, default=2)
-    draw.add_argument("--json", type=Path, help="write the figures here too")
+    save = commands.add_parser("save", help="how long a checkpoint keeps training waiting")
+    save.add_argument("--rounds", type=int, default=3, help="of each kind, in turn")
+    for command in (draw, save):
+        command.add_argument("--shape", choices=SHAPES, default="base")
+        command.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=3)
+        command.add_argument("--ranks", type=int, default=2)
+        command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         return _rank(arguments)
@@ -64,16 +70,41 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from earlybert import checkpoint, dist
-    from earlybert.engine import initialize
+    from earlybert import dist
     from earlybert.lifecycle import end_ranks, start_ranks
-    from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
-    from earlybert.progress import EarlyBird
-    from earlybert.ticket import TicketSettings
 
     start_ranks()
+    folder = dist.from_rank_0(Path(tempfile.mkdtemp()) if dist.rank() == 0 else None)
+    assert folder is not None
+    measure, tell = {"draw": (_draw, _tell_draw), "save": (_save, _tell_save)}[arguments.command]
+    figures = {**_about(arguments), **measure(arguments, folder)}
+    if dist.rank() == 0:
+        tell(figures)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+    end_ranks()
+    return 0
+
+
+def _about(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {
+        "shape": arguments.shape, "stage": arguments.stage, "ranks": arguments.ranks,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }  # fmt: skip
+
+
+def _engine(arguments: argparse.Namespace, ticket: Any) -> Any:
+    """A searching engine of the shape, in bf16."""
+    import torch
+
+    from earlybert.engine import initialize
+    from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+    from earlybert.progress import EarlyBird
+
     shape = SHAPES[arguments.shape]
     torch.manual_seed(0)
     model = EarlyBertForPreTraining(
@@ -86,9 +117,8 @@ def _rank(arguments: argparse.Namespace) -> int:
             coefficients="train",
         )
     )
-    parameters = sum(p.numel() for p in model.parameters())
     zero = {"stage": arguments.stage, "reduce_bucket_size": 2_000_000}
-    engine = initialize(
+    return initialize(
         model=model,
         config={
             "train_micro_batch_size_per_gpu": 1,
@@ -96,20 +126,105 @@ def _rank(arguments: argparse.Namespace) -> int:
             "zero_optimization": zero,
         },
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True),
-        early_bird=EarlyBird(
-            TicketSettings(minimum_step=3, latest_step=3, every=3, moments=arguments.moments)
-        ),
+        early_bird=EarlyBird(ticket),
     )
-    del model
-    draw, seconds, folder = engine._draw, {}, [Path(tempfile.mkdtemp()) if dist.rank() == 0 else None]
-    where = dist.from_rank_0(folder)[0]
-    assert where is not None
+
+
+def _step(engine: Any) -> float:
+    """One optimizer step on random tokens; its seconds."""
+    import torch
+
+    began = time.perf_counter()
+    ids = torch.randint(5, VOCABULARY, (1, LENGTH)).to(engine.device)
+    places = torch.arange(0, LENGTH, 6)[None].to(engine.device)
+    loss = engine(input_ids=ids, masked_positions=places, masked_labels=ids[:, ::6]).loss
+    engine.backward(loss)
+    del loss
+    engine.step()
+    return time.perf_counter() - began
+
+
+def _parameters(engine: Any) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+
+
+def _save(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """DeepSpeed's save, ours with training waiting, ours in the background, in turn."""
+    from earlybert import checkpoint, dist
+    from earlybert.ticket import TicketSettings
+
+    engine = _engine(arguments, TicketSettings(minimum_step=10**6, latest_step=10**6))
+    what = {"experiment": "bench", "corpus": "bench", "stage": arguments.stage, "precision": "bf16"}
+    saver = checkpoint.Saver(folder / "ours", keep=1, **what)
+    found: dict[str, list[float]] = {
+        key: [] for key in ("deepspeed", "waiting", "stall", "written", "beside", "step")
+    }
+    for _ in range(3):
+        _step(engine)
+    for _ in range(arguments.rounds):
+        dist.barrier()
+        began = time.perf_counter()
+        engine.inner.save_checkpoint(str(folder / "deepspeed"), tag="t", save_latest=False)
+        dist.barrier()
+        found["deepspeed"].append(time.perf_counter() - began)
+        found["step"] += [_step(engine) for _ in range(3)]
+        began = time.perf_counter()
+        saver.begin(engine, step=engine.global_steps, trainer={})
+        saver.commit()
+        found["waiting"].append(time.perf_counter() - began)
+        found["step"] += [_step(engine) for _ in range(3)]
+        began = time.perf_counter()
+        saver.begin(engine, step=engine.global_steps, trainer={})
+        stall = time.perf_counter() - began
+        while any(dist.gather_objects(saver.writing)):
+            found["beside"].append(_step(engine))
+        found["written"].append(time.perf_counter() - began)
+        before = time.perf_counter()
+        saver.commit()
+        found["stall"].append(stall + time.perf_counter() - before)
+    parameters = _parameters(engine)
+    engine.close()
+    sizes = {
+        name: sum(f.stat().st_size for f in (folder / name).rglob("*") if f.is_file()) / 1e6
+        for name in ("deepspeed", "ours")
+    }
+    medians = {f"{key}_seconds": statistics.median(values) for key, values in found.items() if values}
+    return {"parameters": parameters, **medians, "all_seconds": found, "megabytes": sizes}
+
+
+def _tell_save(figures: dict[str, Any]) -> None:
+    sizes = figures["megabytes"]
+    print("| shape | ZeRO | ranks | save | training waits s | until durable s | MB |")
+    print("|---|---|---|---|---|---|---|")
+    row = f"| {figures['shape']} | {figures['stage']} | {figures['ranks']} |"
+    print(
+        f"{row} DeepSpeed's | {figures['deepspeed_seconds']:.2f} | never made | {sizes['deepspeed']:,.0f} |"
+    )
+    waiting = figures["waiting_seconds"]
+    print(f"{row} ours, waiting | {waiting:.2f} | {waiting:.2f} | {sizes['ours']:,.0f} |")
+    print(
+        f"{row} ours, in the background | {figures['stall_seconds']:.2f} | {figures['written_seconds']:.2f} "
+        f"| {sizes['ours']:,.0f} |"
+    )
+    beside = figures.get("beside_seconds", float("nan"))
+    print(f"\na step takes {figures['step_seconds']:.2f} s, and {beside:.2f} s while a save is being written")
+
+
+def _draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from earlybert import checkpoint, dist
+    from earlybert.ticket import TicketSettings
+
+    engine = _engine(
+        arguments, TicketSettings(minimum_step=3, latest_step=3, every=3, moments=arguments.moments)
+    )
+    parameters = _parameters(engine)
+    draw, seconds = engine._draw, {}
 
     def measured(ticket: Any) -> None:
         """Save first, then draw, in the same state."""
         before = time.perf_counter()
         checkpoint.save(
-            engine, where, step=engine.global_steps, experiment="bench", corpus="bench",
+            engine, folder, step=engine.global_steps, experiment="bench", corpus="bench",
             stage=arguments.stage, precision="bf16", trainer={}, keep=1,
         )  # fmt: skip
         seconds["save"] = time.perf_counter() - before
@@ -122,34 +237,18 @@ def _rank(arguments: argparse.Namespace) -> int:
 
     figures: dict[str, Any] = {}
     engine._draw = measured  # type: ignore[method-assign]
-    generator = torch.Generator().manual_seed(dist.rank())
     for _ in range(3):
-        ids = torch.randint(5, VOCABULARY, (1, LENGTH), generator=generator).to(engine.device)
-        places = torch.arange(0, LENGTH, 6)[None].to(engine.device)
-        loss = engine(input_ids=ids, masked_positions=places, masked_labels=ids[:, ::6]).loss
-        engine.backward(loss)
-        del loss
-        engine.step()
-    small = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        _step(engine)
     figures.update(
-        shape=arguments.shape, stage=arguments.stage, ranks=arguments.ranks, moments=arguments.moments,
-        parameters=parameters, small_parameters=small, pause_seconds=seconds["draw"],
-        parts=engine.draw_seconds, save_seconds=seconds["save"],
+        moments=arguments.moments, parameters=parameters, small_parameters=_parameters(engine),
+        pause_seconds=seconds["draw"], parts=engine.draw_seconds, save_seconds=seconds["save"],
         pause_over_save=seconds["draw"] / seconds["save"],
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     )  # fmt: skip
     engine.close()
-    if dist.rank() == 0:
-        _tell(figures)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-        subprocess.run(["rm", "-rf", str(where)], check=False)
-    end_ranks()
-    return 0
+    return figures
 
 
-def _tell(figures: dict[str, Any]) -> None:
+def _tell_draw(figures: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {value:.2f}" for name, value in figures["parts"].items())
     print(
         "| shape | ZeRO | ranks | moments | pause s | parts s | save s | pause / save | rank before MB "
