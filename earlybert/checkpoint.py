@@ -112,6 +112,9 @@ class Saver:
         self._pending: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
         self._written: tuple[str, dict[str, Any]] | str = ""
+        if dist.rank() == 0:
+            for left in folder.glob(_PARTIAL + "*"):  # of saves that a crash cut short
+                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def pending(self) -> bool:
@@ -156,10 +159,6 @@ class Saver:
                 "transformers": transformers.__version__,
             },
         }
-        if dist.rank() == 0:
-            for left in self.folder.glob(_PARTIAL + "*"):  # of saves that a crash cut short
-                shutil.rmtree(left, ignore_errors=True)
-        dist.barrier()
         name = state_files.file_name(dist.rank(), dist.world_size())
 
         def write() -> None:

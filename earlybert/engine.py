@@ -239,6 +239,11 @@ class Engine:
             group["lr"] = value
 
     @property
+    def loss_scale(self) -> float | None:
+        """Factor of the loss in fp16; None in other precisions."""
+        return self.inner.optimizer.loss_scale if mechanics.precision_of(self._config) == "fp16" else None
+
+    @property
     def warming(self) -> float:
         """Factor of the learning rate in the next step: below 1 while it rises again after a draw."""
         if self._bird is None or not self.progress.tickets or not self._bird.settings.rewarmup_steps:

@@ -10,70 +10,31 @@ the loss.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from earlybert import checkpoint, dist, faults, guard, mechanics, report, run, schedule, targets
-from earlybert.adapters import enable_checkpointing
+from earlybert import account, checkpoint, dist, faults, guard, report, run, schedule
+from earlybert.account import Memory, Sums
+from earlybert.assembly import Assembly
 from earlybert.config import EarlyBertError
 from earlybert.data import (
-    Loader,
     MicroBatch,
-    PackedSamples,
-    check_vocabulary,
     held_out_batches,
-    prepare_workers,
 )
-from earlybert.engine import EarlyBird, Engine, ParameterGroups, Progress, initialize
 from earlybert.experiment import Experiment
-from earlybert.lifecycle import check_config, empty_module
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.monitor import Monitor, duration, progress_line
-from earlybert.optim import Lamb
 from earlybert.schedule import At
-from earlybert.shards import Corpus, tokenizer_sha256
 from earlybert.watch import RankLost, Watch
 
 STOPPED = 143
 """Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
-
-
-@dataclass
-class _Sums:
-    """Sums since the last progress line; stored in checkpoints, so that a line may span a resume."""
-
-    loss: float = 0.0
-    correct: float = 0.0
-    counted: float = 0.0
-    micro_batches: int = 0
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class _Memory:
-    """What the trainer itself must remember across a resume; everything else follows from the step."""
-
-    sums: _Sums = field(default_factory=_Sums)
-    trained_seconds: float = 0.0
-    """Time in training steps and draws, evaluations and saves not counted."""
-    eval_losses: dict[str, float] = field(default_factory=dict)
-    """{step: held-out loss}."""
-    recent: list[float] = field(default_factory=list)
-    """Good losses of the last steps of this phase and shape, for the guard."""
-    bad_steps: int = 0
-    """In a row, up to now."""
-    passed: dict[str, int] = field(default_factory=dict)
-    """{sequence length: samples that roll-backs have passed by}."""
 
 
 class _GoBack(Exception):
@@ -117,62 +78,20 @@ def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: st
 
 class _Trainer:
     def __init__(self, experiment: Experiment, mechanics_values: dict[str, Any], *, where: str) -> None:
-        self.experiment, self.mechanics = experiment, mechanics_values
-        self.stage = mechanics.stage_of(mechanics_values)
-        self.precision = mechanics.precision_of(mechanics_values)
+        self.experiment = experiment
+        self.parts = Assembly(experiment, mechanics_values)
         self.total = schedule.total_steps(experiment.phases)
         self.monitor: Monitor | None = None
-        self.memory = _Memory()
+        self.memory = Memory()
         self.stop_requested = False
         self.warming = 1.0
-        if experiment.data.workers:
-            prepare_workers()
-        run.check_cores()
-        for phase in range(len(experiment.phases)):
-            check_config(self._deepspeed_config(phase), where=experiment.deepspeed)
-        self.corpus = Corpus.open(experiment.data.corpus, verify="size")
-        self._check_shards()
-        vocabulary = self.corpus.manifest.vocab_size
-        check_vocabulary(
-            self.corpus,
-            vocab_size=vocabulary,
-            tokenizer_sha256=tokenizer_sha256(self.corpus.tokenizer_folder),
-        )
-        self.samples = {
-            (split, length): PackedSamples(
-                self.corpus,
-                settings=experiment.data,
-                sequence_length=length,
-                seed=experiment.seed,
-                split=split,
-            )
-            for split in ("train", "held_out")
-            for length in sorted({phase.sequence_length for phase in experiment.phases})
-        }
-        if experiment.ticket.enabled:
-            targets.check(experiment.ticket, dense=experiment.dense_widths, work=self._work())
-        corpus = self.corpus.manifest.content
+        corpus = self.parts.corpus.manifest.content
         self.claim = run.claim(experiment, corpus=corpus, where=where)
         self.folder = self.claim.folder
-        checkpoints = self.folder / "checkpoints"
-        self._find()
-        self.saver = checkpoint.Saver(
-            checkpoints,
-            experiment=experiment.fingerprint,
-            corpus=corpus,
-            stage=self.stage,
-            precision=self.precision,
-            keep=experiment.checkpoint.keep,
-            good=[] if self.found is None else [self.found.folder.name],
-        )
-        if dist.rank() == 0:
-            run.describe(experiment, mechanics_values, corpus=corpus)
-        self.rolled_back: list[int] = []
-        """Steps to which this start has gone back, as long as it is the same one."""
-        self.engine = self._start_engine()
         self.watch = Watch(self.folder, seconds=experiment.hang_seconds)
 
     def run(self) -> Result:
+        self._start()
         self._begin()
         stopped = False
         with self._signals():
@@ -181,7 +100,7 @@ class _Trainer:
                 if at.phase != self.phase:
                     self._change_phase(at)
                 try:
-                    with contextlib.closing(self._loader(at)) as batches:
+                    with contextlib.closing(self.parts.loader(at, first=self._first_sample(at))) as batches:
                         stopped = self._train_phase(batches)
                 except _GoBack as bad:
                     why = str(bad)
@@ -194,22 +113,51 @@ class _Trainer:
             self._say(f"done: {self.total:,} steps, {duration(self.memory.trained_seconds)} of training")
         return Result(self.step, stopped, {int(k): v for k, v in self.memory.eval_losses.items()})
 
+    def _start(self) -> None:
+        """Where the run stands, and its engine there. Collective."""
+        self._find()
+        self.saver = checkpoint.Saver(
+            self.folder / "checkpoints",
+            experiment=self.experiment.fingerprint,
+            corpus=self.parts.corpus.manifest.content,
+            stage=self.parts.stage,
+            precision=self.parts.precision,
+            keep=self.experiment.checkpoint.keep,
+            good=[] if self.found is None else [self.found.folder.name],
+        )
+        if dist.rank() == 0:
+            run.describe(self.experiment, self.parts.mechanics, corpus=self.parts.corpus.manifest.content)
+        self.rolled_back: list[int] = []
+        """Steps to which this start has gone back, as long as it is the same one."""
+        self._open()
+
     def _find(self) -> None:
         """The newest good checkpoint and what follows from it: step and phase. Collective."""
         self.found = checkpoint.newest_good(
-            self.folder / "checkpoints", of=(self.experiment.fingerprint, self.corpus.manifest.content)
+            self.folder / "checkpoints", of=(self.experiment.fingerprint, self.parts.corpus.manifest.content)
         )
         if self.found is not None:
-            checkpoint.same_precision(self.found.manifest, precision=self.precision)
+            checkpoint.same_precision(self.found.manifest, precision=self.parts.precision)
         self.step = 0 if self.found is None else self.found.manifest.step
         self.phase = self._at(self.step).phase
+
+    def _open(self) -> None:
+        """The engine and the memory of where the run stands. Collective."""
+        self.watch.mark("the engine's start")
+        self.engine = self.parts.engine(self.found, phase=self.phase)
+        self.memory = Memory() if self.found is None else Memory.stored(self.found.manifest.trainer)
 
     def _begin(self) -> None:
         """Open the run's records where the step is, and evaluate what was not trained yet. Collective."""
         if dist.rank() == 0:
             self.monitor = Monitor(self.folder, resume_step=None if self.found is None else self.step)
             self._write_ticket()
-        self._announce()
+        layout = f"ZeRO-{self.parts.stage}, {self.parts.precision}"
+        for line in account.announcement(
+            self.experiment, self.engine, found=self.found, step=self.step, total=self.total,
+            phase=self.phase, layout=layout,
+        ):  # fmt: skip
+            self._say(line)
         if self.found is None:
             eval_loss = self._evaluate()
             if self.monitor is not None:
@@ -317,14 +265,14 @@ class _Trainer:
             skipped = engine.skipped_steps
             engine.step()
             # In fp16 that is the loss scaler's daily work, and it has a limit of its own.
-            if engine.skipped_steps == skipped or self.precision == "fp16":
+            if engine.skipped_steps == skipped or self.parts.precision == "fp16":
                 return None
             bad = f"the loss is {loss:.3f}, its gradient is not finite"
         else:
             bad += "; " + guard.suspects(
                 engine,
                 taken,
-                self.samples["train", at.settings.sequence_length],
+                self.parts.samples["train", at.settings.sequence_length],
                 first=self._first_sample(at),
                 micro_batches=at.settings.micro_batches,
                 worst=loss if math.isfinite(loss) else math.inf,
@@ -361,7 +309,7 @@ class _Trainer:
                 "getting past it. Start again under another name= with a lower phases.learning_rate or a "
                 "longer warmup"
             )
-        self.engine = self._start_engine()
+        self._open()
         for step in range(self.step, bad + 1):
             phase = self._at(step).settings
             key = str(phase.sequence_length)
@@ -388,7 +336,7 @@ class _Trainer:
     def _evaluate(self) -> float:
         """Held-out loss, the mean over all masked positions of all ranks. Collective."""
         phase = self.experiment.phases[self.phase]  # at its last step the schedule already names the next
-        samples = self.samples["held_out", phase.sequence_length]
+        samples = self.parts.samples["held_out", phase.sequence_length]
         batches = held_out_batches(
             samples,
             micro_batch=phase.micro_batch,
@@ -429,90 +377,6 @@ class _Trainer:
 
     # --- start ---
 
-    def _start_engine(self) -> Engine:
-        """The dense model from its seed, or the shape and state of the checkpoint."""
-        settings, found = self.experiment, self.found
-        self.memory = _Memory()
-        if found is None:
-            dense = settings.model.config(
-                vocab_size=self.corpus.manifest.vocab_size,
-                next_sentence=settings.data.objective != "mlm",
-                coefficients="train" if settings.ticket.enabled and settings.ticket.searches else "none",
-            )
-            model: torch.nn.Module = seeded_model(dense, seed=settings.seed)
-            progress, restored = Progress(), None
-        else:
-            # The true shape stands in the manifest.
-            shape = EarlyBertConfig.from_dict(found.manifest.model)
-            model = empty_module(
-                lambda: EarlyBertForPreTraining(shape), config=self._deepspeed_config(self.phase)
-            )
-            progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
-            restored = checkpoint.read(found)
-        if settings.model.checkpointing:
-            enable_checkpointing(model)
-        engine = initialize(
-            model=model,
-            config=self._deepspeed_config(self.phase),
-            early_bird=EarlyBird(settings=settings.ticket, seed=settings.seed, work=self._work()),
-            optimizer=self._optimizer,
-            weight_decay=settings.optimizer.weight_decay,
-            progress=progress,
-            restored=restored,
-        )
-        if found is not None:
-            checkpoint.verify(engine, found)
-            stored = copy.deepcopy(found.manifest.trainer)
-            self.memory = _Memory(**{**stored, "sums": _Sums(**stored["sums"])})
-        return engine
-
-    def _work(self) -> targets.Work:
-        return targets.bert_work(
-            hidden=self.experiment.model.hidden,
-            heads=self.experiment.model.heads,
-            vocabulary=self.corpus.manifest.vocab_size,
-            sequence_length=schedule.mean_length(self.experiment.phases),
-            predicted=self.experiment.data.mask_probability,
-        )
-
-    def _check_shards(self) -> None:
-        """Raise EarlyBertError on every rank where a shard's checksum is off; the ranks share the hashing."""
-        own = self.corpus.flaws(only=slice(dist.rank(), None, dist.world_size()))
-        wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
-        if wrong:
-            raise EarlyBertError("; ".join(wrong))
-
-    def _deepspeed_config(self, phase: int) -> dict[str, Any]:
-        settings = self.experiment.phases[phase]
-        return mechanics.complete(
-            self.mechanics,
-            micro_batch=settings.micro_batch,
-            accumulation=settings.accumulation(world_size=dist.world_size()),
-            clipping=self.experiment.optimizer.clipping,
-        )
-
-    def _optimizer(self, groups: ParameterGroups) -> torch.optim.Optimizer:
-        """Both correct their bias as a function of the step count, so a resume is exact."""
-        settings = self.experiment.optimizer
-        betas, eps = (settings.betas[0], settings.betas[1]), settings.epsilon
-        if settings.name == "lamb":
-            return Lamb(groups, lr=0.0, betas=betas, eps=eps, trust=(settings.trust[0], settings.trust[1]))
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-
-    def _loader(self, at: At) -> Loader:
-        samples = self.samples["train", at.settings.sequence_length]
-        return Loader(
-            samples,
-            micro_batch=at.settings.micro_batch,
-            micro_batches=at.settings.micro_batches,
-            accumulation=at.settings.accumulation(world_size=dist.world_size()),
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            position=samples.position(self._first_sample(at)),
-            workers=self.experiment.data.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """While training, SIGTERM and SIGINT ask for a checkpoint and a stop at the next step."""
@@ -530,81 +394,20 @@ class _Trainer:
     # --- what is shown ---
 
     def _log(self, at: At, *, eval_loss: float | None) -> None:
-        """Close the open line: the mean over all ranks and micro-batches since the last one."""
-        sums, self.memory.sums = self.memory.sums, _Sums()
-        if self.monitor is None:
-            return
-        engine = self.engine
-        distances = engine.progress.search.distances if engine.searching else ()
-        tickets = engine.progress.tickets
-        if tickets and tickets[-1].step == self.step:
-            distances = tickets[-1].distances
-        far_heads, far_neurons = distances[-1][1:] if distances else (None, None)
-        config = engine.module.config
-        values = {
-            "step": self.step,
-            "phase": self.phase,
-            "loss": sums.loss / sums.micro_batches if sums.micro_batches else None,
-            "mlm_accuracy": sums.correct / max(1.0, sums.counted),
-            "lr": at.learning_rate * self.warming,
-            "grad_norm": engine.grad_norm,
-            "tokens_per_second": sums.tokens / sums.seconds,
-            "step_seconds": sums.seconds / sums.steps,
-            "mask_distance_heads": far_heads,
-            "mask_distance_neurons": far_neurons,
-            "heads_kept": sum(config.heads_per_layer),
-            "neurons_kept": sum(config.neurons_per_layer),
-            "parameters": _parameter_count(engine.module),
-            "skipped_steps": engine.skipped_steps,
-        }
-        if self.precision == "fp16":
-            values["loss_scale"] = engine.optimizer.loss_scale
-        if eval_loss is not None:
-            values["eval_loss"] = eval_loss
-        if tickets and tickets[-1].step == self.step:
-            values["draw_seconds"] = engine.draw_seconds
-        self.monitor.record(values)
-        left = (self.total - self.step) * sums.seconds / sums.steps
-        self.monitor.say(progress_line(values, total_steps=self.total, eta_seconds=left))
-
-    def _announce(self) -> None:
-        config = self.engine.module.config
-        shape = (
-            f"{_parameter_count(self.engine.module):,} parameters, {sum(config.heads_per_layer)} heads, "
-            f"{sum(config.neurons_per_layer):,} neurons in {config.num_hidden_layers} layers"
-        )
-        start = "from its seed" if self.found is None else f"from {self.found.folder}"
-        self._say(
-            f"{self.experiment.name}: {shape}; {dist.world_size()} ranks, ZeRO-{self.stage}, "
-            f"{self.precision}; step {self.step:,} of {self.total:,}, {start}"
-        )
-        if self.found is not None:
-            then = self.found.manifest
-            if (then.world_size, then.stage) != (dist.world_size(), self.stage):
-                self._say(
-                    f"saved by {then.world_size} ranks at ZeRO-{then.stage}: the same samples and masks go "
-                    "on, sums are rounded in another order"
-                )
-        idle = self.experiment.phases[self.phase].idle_share(world_size=dist.world_size())
-        if idle:
-            micros = self.experiment.phases[self.phase].micro_batches
-            self._say(
-                f"{micros} micro-batches a step on {dist.world_size()} ranks leave {idle:.0%} of the ranks' "
-                "time idle; a phases.micro_batch or a number of ranks that divides would not"
+        """Close the open line."""
+        sums, self.memory.sums = self.memory.sums, Sums()
+        if self.monitor is not None:
+            rate = at.learning_rate * self.warming
+            values = account.metrics(
+                self.engine, sums, step=self.step, phase=self.phase, rate=rate, eval_loss=eval_loss
             )
+            self.monitor.record(values)
+            left = (self.total - self.step) * values["step_seconds"]
+            self.monitor.say(progress_line(values, total_steps=self.total, eta_seconds=left))
 
     def _tell_draw(self) -> None:
-        ticket, seconds = self.engine.ticket, self.engine.draw_seconds
-        assert ticket is not None
-        parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-        work, dense = self._work(), self.experiment.dense_widths
-        small = [len(heads) for heads in ticket.heads], [len(neurons) for neurons in ticket.neurons]
-        share = work.of(*small) / work.of(dense.heads, dense.neurons)
-        self._say(
-            f"the small model's step has {share:.3f} of the dense one's FLOPs (encoder matrices, scores, "
-            "masked-LM head)"
-        )
-        self._say(f"drew the ticket at {ticket}; pause {sum(seconds.values()):.2f} s ({parts})")
+        for line in account.draw_told(self.experiment, self.engine, self.parts.work()):
+            self._say(line)
         if self.monitor is not None:
             self._write_ticket()
 
@@ -641,10 +444,6 @@ class _Trainer:
 
     def _device(self) -> torch.device:
         return torch.device(self.engine.device)
-
-
-def _parameter_count(module: torch.nn.Module) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def _key(*numbers: int) -> int:

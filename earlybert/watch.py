@@ -162,6 +162,8 @@ class Watch:
         self._left = _ALARM
         with contextlib.suppress(RuntimeError):
             self._publish()
+        if dist.rank() == 0:
+            time.sleep(2 * _ANSWERS_WITHIN)  # its store goes with it: the others are about to ask it
         os._exit(LOST)  # the main thread is inside something that does not return
 
     # --- the store ---

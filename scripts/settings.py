@@ -34,6 +34,7 @@ def page() -> str:
         ModelSettings,
         OptimizerSettings,
     )
+    from earlybert.guard import GuardSettings
     from earlybert.schedule import PhaseSettings
     from earlybert.ticket import TicketSettings
 
@@ -46,6 +47,7 @@ def page() -> str:
         ("`[ticket]`", TicketSettings),
         ("`[evaluate]`", EvaluateSettings),
         ("`[checkpoint]`", CheckpointSettings),
+        ("`[guard]`", GuardSettings),
     ]
     lines = [
         "# Settings of an experiment",

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ EXPERIMENT = f"""
 deepspeed = "deepspeed.json"
 seed = 5
 log_every = 2
-hang_seconds = 5
+hang_seconds = 8
 model = {{ layers = 2, hidden = 32, heads = 4, neurons = 48, positions = 32 }}
 data = {{ corpus = "corpus", held_out = 0.1 }}
 ticket = {{ every = 3, minimum_step = 12, latest_step = {DRAWN}, neuron_multiple = 1, minimum_neurons = 1 }}
@@ -74,6 +75,8 @@ class Fault:
     """Done to the checkpoints between two starts."""
     says: str = ""
     """What this start says when it meets the fault."""
+    codes: tuple[int, ...] = ()
+    """How a rank may end, besides with 0, LOST, 143 and by SIGKILL."""
 
 
 @dataclass
@@ -128,16 +131,13 @@ class Start:
             log.seek(self._begin)
             return log.read().decode(errors="replace")
 
-    def step(self) -> int:
-        """The newest step in metrics.jsonl."""
-        try:
-            lines = (self.run / "metrics.jsonl").read_text().splitlines()
-            return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-        except (OSError, ValueError):
-            return 0
-
     def wait_for_step(self, step: int) -> None:
-        while self.step() < step and self.alive():
+        """Until this start has told of a step not before `step`; 0 does not wait."""
+        while (
+            step
+            and self.alive()
+            and not any(int(n) >= step for n in re.findall(r"\nstep +(\d+)/", self.said()))
+        ):
             time.sleep(0.005)
 
 
@@ -233,10 +233,7 @@ def torture(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Tall
             tally.times += 1
             if "Traceback" in said and "a fault armed" not in said:
                 tally.problems.append(f"{name}, {met[-1]}: ended in a traceback")
-            if (
-                any(code not in (0, 75, 143, -signal.SIGKILL) for code in codes)
-                and "fail@" not in fault.armed
-            ):
+            if not {0, LOST, 143, -signal.SIGKILL, *fault.codes}.issuperset(codes):
                 tally.problems.append(f"{name}, {met[-1]}: ended with {codes}")
         starts += 1
         last = Start(folder, name, ranks=ranks)
@@ -296,8 +293,14 @@ def kinds(chance: random.Random, ranks: int, length: float, foreign: Path) -> li
         return chance.randrange(1, STEPS - 4)
 
     def armed(action: str, point: str, kind: str, says: str = "", *, latest: int = 3) -> Fault:
+        codes = {"fail": (1,), "full": (2,)}  # no room for the last save of all ends the start
         rank = 0 if point in ("save.manifest", "save.rename", "save.latest", "save.retention") else victim()
-        return Fault(kind, armed=f"{action}@{point}#{chance.randint(1, latest)}:{rank}", says=says)
+        return Fault(
+            kind,
+            armed=f"{action}@{point}#{chance.randint(1, latest)}:{rank}",
+            says=says,
+            codes=codes.get(action, ()),
+        )
 
     def terminate() -> Fault:
         step, delay = some_step(), chance.uniform(0, 0.1)
@@ -314,7 +317,8 @@ def kinds(chance: random.Random, ranks: int, length: float, foreign: Path) -> li
                 process.kill()
             return running
 
-        return Fault("SIGTERM, one rank after the other", act=act)
+        # Before the ranks listen to it, it ends them at once.
+        return Fault("SIGTERM, one rank after the other", act=act, codes=(-signal.SIGTERM,))
 
     def stopped() -> Fault:
         step, rank = some_step(), victim()

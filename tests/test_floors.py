@@ -16,7 +16,7 @@ FLOORS = {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
         "baselines", "state_files", "guard",
     },
-    3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run"},
+    3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly"},
     4: {"trainer"},
     5: {"export", "pretrained"},
 }  # fmt: skip
@@ -35,6 +35,8 @@ SAME_FLOOR = {
     ("adapters", "targets"), ("baselines", "state"), ("cutting", "shrink"),
     ("cutting", "state"), ("state", "layouts"), ("state_files", "state"), ("state_files", "shrink"),
     ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("experiment", "guard"),
+    ("account", "checkpoint"), ("account", "engine"), ("assembly", "checkpoint"), ("assembly", "run"),
+    ("assembly", "engine"), ("assembly", "lifecycle"),
     ("pretrained", "export"),
 }  # fmt: skip
 

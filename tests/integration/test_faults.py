@@ -14,7 +14,7 @@ from earlybert.faults import VARIABLE
 from earlybert.shards import Corpus
 from earlybert.watch import LOST
 
-SHORT = ["phases.0.steps=10", "phases.1.steps=2", "hang_seconds=4"]
+SHORT = ["phases.0.steps=10", "phases.1.steps=2", "hang_seconds=8"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -65,36 +66,39 @@ def cluster(tmp_path_factory):
         yield made
 
 
-@on_two_hosts
-def test_two_hosts_train_through_pdsh_lose_one_and_go_on_to_the_same_end(cluster):
+@pytest.fixture(scope="module")
+def interrupted(cluster):
+    """A run on both hosts, one of which lost its power after the draw; kept as it lies there."""
     process, _ = cluster.deepspeed("two", "host-a", "host-b")
     seconds = cluster.wait_for_step("two", 1, process)
     assert seconds < FIRST_STEP_SECONDS, cluster.said("two")
+    print(f"first step on two hosts after {seconds:.1f} s")
     cluster.wait_for_step("two", 12, process)  # the ticket is drawn at step 6
     assert cluster.network.kill("host-b") >= 1
     assert process.wait(timeout=90) != 0
-    said = cluster.said("two")
-    assert "rank 1 on host-b is gone" in said and "the same command goes on" in said, said
     cluster.network.kill("host-a")
-    process, _ = cluster.deepspeed("two", "host-a", "host-b")
-    assert process.wait(timeout=120) == 0, cluster.said("two")
-    assert "from runs/two/checkpoints" in cluster.said("two").replace(f"{cluster.path}/", "")
-    assert told(cluster.runs.metrics("two")) == told(cluster.runs.metrics("unbroken"))
-    print(f"first step on two hosts after {seconds:.1f} s")
-    print(cluster.said("two"))
+    shutil.copytree(cluster.path / "runs" / "two", cluster.path / "kept")
+    return cluster
 
 
 @on_two_hosts
-def test_a_node_that_is_missing_at_the_restart_is_done_without(cluster):
-    process, _ = cluster.deepspeed("alone", "host-a", "host-b")
-    cluster.wait_for_step("alone", 12, process)
-    cluster.network.kill("host-b")
-    cluster.network.kill("host-a")
-    process.wait(timeout=90)
-    process, _ = cluster.deepspeed("alone", "host-a")
-    assert process.wait(timeout=120) == 0, cluster.said("alone")
-    assert "saved by 2 ranks at ZeRO-2: the same samples and masks go on" in cluster.said("alone")
-    lines = [cluster.runs.metrics(name) for name in ("alone", "unbroken")]
+def test_two_hosts_train_through_pdsh_lose_one_and_go_on_to_the_same_end(interrupted):
+    said = interrupted.said("two")
+    assert "rank 1 on host-b is gone" in said and "the same command goes on" in said, said
+    process, _ = interrupted.deepspeed("two", "host-a", "host-b")
+    assert process.wait(timeout=120) == 0, interrupted.said("two")
+    assert "from runs/two/checkpoints" in interrupted.said("two").replace(f"{interrupted.path}/", "")
+    assert told(interrupted.runs.metrics("two")) == told(interrupted.runs.metrics("unbroken"))
+    print(interrupted.said("two"))
+
+
+@on_two_hosts
+def test_a_node_that_is_missing_at_the_restart_is_done_without(interrupted):
+    shutil.copytree(interrupted.path / "kept", interrupted.path / "runs" / "alone")
+    process, _ = interrupted.deepspeed("alone", "host-a")
+    assert process.wait(timeout=120) == 0, interrupted.said("alone")
+    assert "saved by 2 ranks at ZeRO-2: the same samples and masks go on" in interrupted.said("alone")
+    lines = [interrupted.runs.metrics(name) for name in ("alone", "unbroken")]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     assert lines[0][-1]["eval_loss"] == pytest.approx(lines[1][-1]["eval_loss"], rel=2e-3), "in bf16"
 

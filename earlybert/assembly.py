@@ -1,0 +1,140 @@
+"""From an experiment to what trains it: the corpus and its samples, DeepSpeed's config, the optimizer, the
+engine. All that can be wrong with them is found here, before a run folder is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from earlybert import checkpoint, dist, mechanics, run, schedule, targets
+from earlybert.adapters import enable_checkpointing
+from earlybert.checkpoint import Checkpoint
+from earlybert.config import EarlyBertError
+from earlybert.data import Loader, PackedSamples, check_vocabulary, prepare_workers
+from earlybert.engine import Engine, ParameterGroups, initialize
+from earlybert.experiment import Experiment
+from earlybert.lifecycle import check_config, empty_module
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.optim import Lamb
+from earlybert.progress import EarlyBird, Progress
+from earlybert.schedule import At
+from earlybert.shards import Corpus, tokenizer_sha256
+
+
+class Assembly:
+    """The parts of a run. Collective; raises EarlyBertError for what the user can mend."""
+
+    def __init__(self, experiment: Experiment, mechanics_values: dict[str, Any]) -> None:
+        self.experiment, self.mechanics = experiment, mechanics_values
+        self.stage = mechanics.stage_of(mechanics_values)
+        self.precision = mechanics.precision_of(mechanics_values)
+        if experiment.data.workers:
+            prepare_workers()
+        run.check_cores()
+        for phase in range(len(experiment.phases)):
+            check_config(self.deepspeed_config(phase), where=experiment.deepspeed)
+        self.corpus = Corpus.open(experiment.data.corpus, verify="size")
+        self._check_shards()
+        vocabulary = self.corpus.manifest.vocab_size
+        check_vocabulary(
+            self.corpus,
+            vocab_size=vocabulary,
+            tokenizer_sha256=tokenizer_sha256(self.corpus.tokenizer_folder),
+        )
+        self.samples = {
+            (split, length): PackedSamples(
+                self.corpus,
+                settings=experiment.data,
+                sequence_length=length,
+                seed=experiment.seed,
+                split=split,
+            )
+            for split in ("train", "held_out")
+            for length in sorted({phase.sequence_length for phase in experiment.phases})
+        }
+        if experiment.ticket.enabled:
+            targets.check(experiment.ticket, dense=experiment.dense_widths, work=self.work())
+
+    def engine(self, found: Checkpoint | None, *, phase: int) -> Engine:
+        """The dense model from its seed, or the shape and state of a checkpoint. Collective."""
+        settings = self.experiment
+        if found is None:
+            dense = settings.model.config(
+                vocab_size=self.corpus.manifest.vocab_size,
+                next_sentence=settings.data.objective != "mlm",
+                coefficients="train" if settings.ticket.enabled and settings.ticket.searches else "none",
+            )
+            model: torch.nn.Module = seeded_model(dense, seed=settings.seed)
+            progress, restored = Progress(), None
+        else:
+            # The true shape stands in the manifest.
+            shape = EarlyBertConfig.from_dict(found.manifest.model)
+            model = empty_module(lambda: EarlyBertForPreTraining(shape), config=self.deepspeed_config(phase))
+            progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
+            restored = checkpoint.read(found)
+        if settings.model.checkpointing:
+            enable_checkpointing(model)
+        engine = initialize(
+            model=model,
+            config=self.deepspeed_config(phase),
+            early_bird=EarlyBird(settings=settings.ticket, seed=settings.seed, work=self.work()),
+            optimizer=self._optimizer,
+            weight_decay=settings.optimizer.weight_decay,
+            progress=progress,
+            restored=restored,
+        )
+        if found is not None:
+            checkpoint.verify(engine, found)
+        return engine
+
+    def loader(self, at: At, *, first: int) -> Loader:
+        """This rank's micro-batches from position `first` on."""
+        samples = self.samples["train", at.settings.sequence_length]
+        return Loader(
+            samples,
+            micro_batch=at.settings.micro_batch,
+            micro_batches=at.settings.micro_batches,
+            accumulation=at.settings.accumulation(world_size=dist.world_size()),
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            position=samples.position(first),
+            workers=self.experiment.data.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def work(self) -> targets.Work:
+        """What a step costs, for budgets and for what is told of a draw."""
+        return targets.bert_work(
+            hidden=self.experiment.model.hidden,
+            heads=self.experiment.model.heads,
+            vocabulary=self.corpus.manifest.vocab_size,
+            sequence_length=schedule.mean_length(self.experiment.phases),
+            predicted=self.experiment.data.mask_probability,
+        )
+
+    def deepspeed_config(self, phase: int) -> dict[str, Any]:
+        """The JSON that DeepSpeed gets in a phase."""
+        settings = self.experiment.phases[phase]
+        return mechanics.complete(
+            self.mechanics,
+            micro_batch=settings.micro_batch,
+            accumulation=settings.accumulation(world_size=dist.world_size()),
+            clipping=self.experiment.optimizer.clipping,
+        )
+
+    def _check_shards(self) -> None:
+        """Raise EarlyBertError on every rank where a shard's checksum is off; the ranks share the hashing."""
+        own = self.corpus.flaws(only=slice(dist.rank(), None, dist.world_size()))
+        wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
+        if wrong:
+            raise EarlyBertError("; ".join(wrong))
+
+    def _optimizer(self, groups: ParameterGroups) -> torch.optim.Optimizer:
+        """Both correct their bias as a function of the step count, so a resume is exact."""
+        settings = self.experiment.optimizer
+        betas, eps = (settings.betas[0], settings.betas[1]), settings.epsilon
+        if settings.name == "lamb":
+            return Lamb(groups, lr=0.0, betas=betas, eps=eps, trust=(settings.trust[0], settings.trust[1]))
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
