@@ -71,6 +71,13 @@ def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: st
     except EarlyBertError as error:
         why = str(error)
         raise
+    except OSError as error:  # a run folder that cannot be written, a file that is gone
+        why = str(error)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise EarlyBertError(
+            f"{error}; mend that, then start the same command again: it goes on from the newest checkpoint"
+        ) from error
     finally:
         trainer.watch.leave(why)
         trainer.close()

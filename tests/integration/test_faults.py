@@ -1,7 +1,10 @@
 """What goes wrong under a run: it ends in words, and the same command then equals the unbroken run."""
 
 import json
+import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +133,52 @@ def test_bad_numbers_can_end_the_run_and_always_do_when_there_are_too_many(unbro
     codes = unbroken.run("name=many", *GUARDED, "guard.limit=2", **{VARIABLE: spoiled})
     assert codes == [2, 2] and "3 bad steps in a row, now step 7" in unbroken.log()
     assert "no sample of the step is bad by itself" in unbroken.log()
+
+
+@pytest.fixture
+def small_disk(unbroken):
+    """A file system of 500 kB where a run's checkpoints go; `grow` gives it more."""
+    folder = unbroken.path / "runs" / "full" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield lambda: subprocess.run(["mount", "-o", "remount,size=20m", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def test_a_disk_that_is_really_full_loses_nothing(unbroken, small_disk):
+    """A checkpoint takes 400 kB: the first fits, the next do not until there is room."""
+    run = unbroken.path / "runs" / "full"
+    environment = unbroken.path / "runs" / "unbroken" / "environment.json"
+    shutil.copy(environment, run)  # so that the folder counts as a run's
+    words = [*SHORT, "checkpoint.every=3", "checkpoint.keep=1"]
+    assert unbroken.run("name=full", *words) == [2, 2], unbroken.log()
+    said = unbroken.log()
+    assert "step-0000006 was not saved: rank " in said and "No space left on device" in said
+    assert "the checkpoint of step 12 could not be saved" in said and "make room" in said
+    assert checkpoint.names(run / "checkpoints") == ["step-0000003"], "the good one is there, and no half one"
+    small_disk()
+    assert unbroken.run("name=full", *words) == [0, 0], unbroken.log()
+    assert told(unbroken.metrics("full")) == told(unbroken.metrics("unbroken"))
+
+
+def test_a_run_folder_that_cannot_be_written_is_said_in_one_line(unbroken):
+    codes = unbroken.run("name=unwritable", *SHORT, **{VARIABLE: "full@step.data#9:0"})
+    assert codes == [2, LOST], unbroken.log()
+    assert "No space left on device" in unbroken.log() and "mend that, then start" in unbroken.log()
+    assert_goes_on(unbroken, "unwritable")
+
+
+def test_fp16_overflows_are_skipped_and_counted_and_the_scaler_lives_through_a_kill(tmp_path):
+    folder = Folder(tmp_path, stage=1, precision="bf16")
+    mechanics = {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True, "initial_scale_power": 24}}
+    (tmp_path / "ds.json").write_text(json.dumps(mechanics))
+    words = [*SHORT, "checkpoint.every=2"]
+    assert folder.run("name=whole", *words) == [0, 0], folder.log()
+    lines = folder.metrics("whole")[1:]
+    assert lines[0]["loss_scale"] > lines[-1]["loss_scale"] or lines[-1]["skipped_steps"] >= 1
+    assert lines[-1]["skipped_steps"] >= 1 and all(line["loss"] is not None for line in lines)
+    assert folder.run("name=cut", *words, **{VARIABLE: "kill@step.data#7"}) == [-signal.SIGKILL] * 2
+    assert folder.run("name=cut", *words) == [0, 0], folder.log()
+    assert told(folder.metrics("cut")) == told(folder.metrics("whole"))
