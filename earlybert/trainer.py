@@ -304,7 +304,7 @@ class _Trainer:
 
     def _roll_back(self, why: str) -> None:
         """Go on from the newest good checkpoint, past all batches that were trained on since. Collective."""
-        bad = self.step
+        bad, passed = self.step, dict(self.memory.passed)
         if self.saver.pending:
             self.saver.commit()
         self.engine.close()
@@ -320,7 +320,8 @@ class _Trainer:
         for step in range(self.step, bad + 1):
             phase = self._at(step).settings
             key = str(phase.sequence_length)
-            self.memory.passed[key] = self.memory.passed.get(key, 0) + phase.batch
+            passed[key] = passed.get(key, 0) + phase.batch
+        self.memory.passed = passed
         if self.monitor is not None:
             self.monitor.close()
         self._begin()

@@ -32,6 +32,8 @@ LOST = 75
 """Exit status where another rank died or hung: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 _PUBLISHED_EVERY = 1.0
 _ANSWERS_WITHIN = 5.0
+_WAITS, _SILENT = 60.0, 30.0
+"""After waiting so long a rank asks who has been silent for so long: a dead host need not cost `seconds`."""
 _ALARM = "the run stood still"
 """Why a rank left that was not at fault: the others' silence."""
 
@@ -112,23 +114,28 @@ class Watch:
         while not self._ended.wait(_PUBLISHED_EVERY):
             try:
                 self._publish()
-                if time.monotonic() - self._since > self.seconds:
-                    self._alarm()
+                waited = time.monotonic() - self._since
+                if waited > self.seconds:
+                    self._alarm(_ANSWERS_WITHIN)
+                elif waited > _WAITS:
+                    self._alarm(_SILENT)
             except RuntimeError:
                 if time.monotonic() - self._since > self.seconds:
                     self._end(
                         f"rank 0, which holds the ranks' store, does not answer; {self._hint()}", own=False
                     )
 
-    def _alarm(self) -> None:
-        """End the process where the run stands still; return where another rank is only slow."""
-        before, until = self._reports(), time.monotonic() + _ANSWERS_WITHIN
+    def _alarm(self, seconds: float) -> None:
+        """End the process where a rank is silent for `seconds` or the run stands still; slow is allowed."""
+        marks, before, until = self._marks, self._reports(), time.monotonic() + seconds
         while time.monotonic() < until:  # this rank answers meanwhile
             if self._ended.wait(_PUBLISHED_EVERY):
                 return
             self._publish()
         now = self._reports()
         silent = [b for a, b in zip(before, now, strict=True) if _silent(a, b)]
+        if self._marks != marks:
+            return
         if not silent and any(report.age < self.seconds for report in now):
             return
         least = min(report.marks for report in now)
@@ -146,8 +153,8 @@ class Watch:
 
     def _hint(self) -> str:
         return (
-            f"nothing has moved for {self.seconds:g} s (hang_seconds), so this start ends; end what is left "
-            "of it, then start the same command again: it goes on from the newest checkpoint"
+            f"nothing has moved for {time.monotonic() - self._since:.0f} s, so this start ends; end what is "
+            "left of it, then start the same command again: it goes on from the newest checkpoint"
         )
 
     def _end(self, text: str | None, *, own: bool) -> NoReturn:

@@ -1,5 +1,5 @@
-"""scripts/pretrain.py with a sample whose loss is not finite, or far too large: POISON_ROW holds its tokens
-as JSON, POISON_FACTOR what its loss is multiplied by."""
+"""scripts/pretrain.py with samples whose loss is not finite, or far too large: POISON_ROWS holds their tokens
+as JSON, POISON_FACTOR what their loss is multiplied by."""
 
 import json
 import os
@@ -10,14 +10,14 @@ import torch
 
 from earlybert.model import EarlyBertForPreTraining
 
-ROW = torch.tensor(json.loads(os.environ["POISON_ROW"]))
+ROWS = torch.tensor(json.loads(os.environ["POISON_ROWS"]))
 FACTOR = float(os.environ["POISON_FACTOR"])
 forward = EarlyBertForPreTraining.forward
 
 
 def poisoned(self, input_ids=None, **others):
     output = forward(self, input_ids=input_ids, **others)
-    if input_ids.shape[1] == len(ROW) and (input_ids == ROW).all(dim=1).any():
+    if input_ids.shape[1] == ROWS.shape[1] and (input_ids[:, None] == ROWS).all(dim=2).any():
         output.loss = output.loss * FACTOR
     return output
 

@@ -79,16 +79,17 @@ POISONED = Path(__file__).parent / "pretrain_with_poison.py"
 GUARDED = [*SHORT, "guard.window=3", "checkpoint.every=4"]
 
 
-def poison(folder, factor):
-    """The environment of a run whose sample at the third place of step 5 is bad, and what names it."""
+def poison(folder, factor, *, steps=(5,)):
+    """The environment of a run whose samples at the third place of these batches are bad, and what names the
+    first of them."""
     corpus = Corpus.open(str(folder.path / "corpus"))
     settings = DataSettings(corpus=str(corpus.folder), held_out=0.1)
     samples = PackedSamples(corpus, settings=settings, sequence_length=16, seed=3)
-    ids, epochs = samples.ids(np.array([4 * 8 + 2]))
-    row = samples.rows(ids, epochs=epochs)["input_ids"][0].tolist()
+    ids, epochs = samples.ids(np.array([(step - 1) * 8 + 2 for step in steps]))
+    rows = samples.rows(ids, epochs=epochs)["input_ids"].tolist()
     documents = ", ".join(map(str, samples.documents_of(int(ids[0]))))
     name = f"sample {ids[0]} of epoch {epochs[0]} (documents {documents})"
-    return {"POISON_ROW": json.dumps(row), "POISON_FACTOR": factor}, name
+    return {"POISON_ROWS": json.dumps(rows), "POISON_FACTOR": factor}, name
 
 
 def test_a_sample_that_makes_the_loss_nan_is_named_and_its_step_skipped(unbroken):
@@ -104,7 +105,7 @@ def test_a_sample_that_makes_the_loss_nan_is_named_and_its_step_skipped(unbroken
 
 def test_a_spike_can_send_the_run_back_past_its_batch_and_a_kill_changes_nothing(tmp_path):
     folder = Folder(tmp_path, stage=3, precision="fp32")
-    environment, name = poison(folder, "40")
+    environment, name = poison(folder, "40", steps=(5, 6))
     words = [*GUARDED, "guard.action=roll_back"]
     assert folder.run("name=back", *words, script=POISONED, **environment) == [0, 0], folder.log()
     said = folder.log()
@@ -113,9 +114,10 @@ def test_a_spike_can_send_the_run_back_past_its_batch_and_a_kill_changes_nothing
     lines = folder.metrics("back")
     assert [line["step"] for line in lines] == list(range(13)) and lines[-1]["skipped_steps"] == 0
     found = checkpoint.newest_good(folder.path / "runs" / "back" / "checkpoints")
-    assert found is not None and found.manifest.trainer["passed"] == {"16": 8}
+    assert said.count("gone back to step 4") == 2, "the next batch was bad as well"
+    assert found is not None and found.manifest.trainer["passed"] == {"16": 16}
 
-    environment[VARIABLE] = "kill@step.data#13"  # after it went back, before the next checkpoint
+    environment[VARIABLE] = "kill@step.data#15"  # after it went back twice, before the next checkpoint
     assert folder.run("name=twice", *words, script=POISONED, **environment) == [-signal.SIGKILL] * 2
     del environment[VARIABLE]
     assert folder.run("name=twice", *words, script=POISONED, **environment) == [0, 0], folder.log()
