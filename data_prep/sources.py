@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import orjson
+import pyarrow as pa
 
-from data_prep import clean, python_docs, wikipedia
+from data_prep import clean, hub, python_docs, tables, wikipedia
 from earlybert.config import EarlyBertError
 
 Progress = Callable[[int], None]
@@ -103,6 +104,8 @@ def files(source: Source) -> list[Path]:
         return [python_docs.standard_library()]
     if source.kind == "books":
         found = _book_files(Path(source.pattern), source.word)
+    elif source.kind == "hf":
+        found = hub.files(source.pattern, word=source.word)
     else:
         found = sorted(Path(p) for p in glob.glob(source.pattern, recursive=True) if Path(p).is_file())
         if not found:
@@ -253,6 +256,21 @@ def _read_wikiextractor(path: Path, progress: Progress) -> Iterator[Raw]:
         raise EarlyBertError(f"{path}: <doc id={id!r}> has no </doc>; the file is truncated, get it again")
 
 
+def _read_parquet(path: Path, progress: Progress) -> Iterator[Raw]:
+    for id, text in tables.documents(path, progress=progress):
+        yield Raw(id=id, text=text)
+
+
+def _read_hub(path: Path, progress: Progress) -> Iterator[Raw]:
+    """By content: a file from the cache has no suffix."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == tables.MAGIC:
+        return _read_parquet(path, progress)
+    first = next((line for line in lines(path) if line.strip()), "")
+    return (_read_jsonl if first.startswith("{") else _read_text)(path, progress)
+
+
 def _read_wikipedia(path: Path, progress: Progress) -> Iterator[Raw]:
     for page in wikipedia.pages(chunks(path, progress=progress), path=path):
         dropped = "other namespace" if page.namespace != 0 else "redirect" if page.redirect else None
@@ -347,6 +365,8 @@ def _decompressed(file: IO[bytes]) -> tuple[IO[bytes], str]:
         return lzma.LZMAFile(file), "xz"
     if magic.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file), "gz"  # type: ignore[return-value]
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+        return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), "zst"
     return file, "plain"
 
 
@@ -371,6 +391,8 @@ _KINDS = {
     "python-docs": _Kind("python-docs", _read_python_docs, lambda raw: raw.text, "python-docs"),
     "text": _Kind("text", _read_text, lambda raw: clean.plain_text(raw.text), "text:GLOB"),
     "jsonl": _Kind("jsonl", _read_jsonl, lambda raw: clean.plain_text(raw.text), "jsonl:GLOB"),
+    "parquet": _Kind("parquet", _read_parquet, lambda raw: clean.plain_text(raw.text), "parquet:GLOB"),
+    "hf": _Kind("hub", _read_hub, lambda raw: clean.plain_text(raw.text), "hf:NAME[,CONFIG]"),
     "books": _Kind("books", _read_books, lambda raw: clean.book(raw.text), "books:DIR-or-TAR"),
     "wikiextractor": _Kind(
         "wikipedia", _read_wikiextractor, lambda raw: clean.leftovers(raw.text), "wikiextractor:GLOB"

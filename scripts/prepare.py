@@ -7,11 +7,13 @@ SOURCE is one of
     python-docs            help topics and docstrings of this Python's standard library; needs no download
     text:GLOB              plain text, a document a file
     jsonl:GLOB             an object with a field "text" a line
+    parquet:GLOB           a column "text"; rows that are sentences are put together again
+    hf:NAME[,CONFIG]       a corpus of the hub, or a folder laid out like one: its split "train"
     books:DIR-or-TAR       whole books, a text or Markdown file each
     wikipedia:GLOB         pages-articles dumps, .xml or compressed
     wikiextractor:GLOB     WikiExtractor's <doc> files
-Files may be plain, .gz, .bz2 or .xz. The same command again goes on after an interruption, and is done at
-once where the corpus is there.
+Files may be plain, .gz, .bz2, .xz or .zst. The same command again goes on after an interruption, and is done
+at once where the corpus is there.
 """
 
 from __future__ import annotations

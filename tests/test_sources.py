@@ -8,6 +8,8 @@ import lzma
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep import python_docs, sources
@@ -27,8 +29,7 @@ def read(word: str) -> list[sources.Raw]:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("parquet:x/*.parquet", "unknown kind 'parquet'; supported: python-docs, text:GLOB"),
-        ("hf:wikimedia/wikipedia", "unknown kind 'hf'; .*supported: python-docs"),
+        ("feather:x/*.feather", "unknown kind 'feather'; supported: python-docs, text:GLOB"),
         ("txt:a", "unknown kind 'txt'; did you mean text"),
         ("notes.txt", r"unknown kind 'notes\.txt'"),
         ("text:", "write it as text:GLOB"),
@@ -40,7 +41,7 @@ def test_a_word_that_is_no_source_is_refused(word: str, message: str) -> None:
         sources.parse(word)
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "wikipedia", "wikiextractor"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "wikipedia", "wikiextractor"])
 def test_a_pattern_without_a_match_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(EarlyBertError, match="no file matches"):
         sources.files(sources.parse(f"{kind}:{tmp_path}/*.none"))
@@ -52,7 +53,9 @@ def test_empty_files_are_refused(tmp_path: Path) -> None:
         sources.files(sources.parse(f"text:{tmp_path}/*"))
 
 
-COMPRESSIONS = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}
+COMPRESSIONS = {
+    "bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress, "zst": pa.Codec("zstd").compress,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", COMPRESSIONS)
@@ -253,3 +256,83 @@ def test_the_real_extract_opens_clean() -> None:
     text = "\n".join([source.clean(first)] + [source.clean(next(stream)) for _ in range(100)])
     for mark in ("<ref", "<br", "</dl", "{{", "[[", "&amp;"):
         assert mark not in text
+
+
+ARTICLES = [
+    f"Article {i}.\n\nIt has {'many ' * 50}words in its second paragraph, number {i}." for i in range(50)
+]
+SENTENCES = [f"the {i} th sentence of some book , in lower case ." for i in range(6000)]
+
+
+def write_table(path: Path, **columns) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=20)
+    return path
+
+
+def test_a_parquet_file_of_articles_gives_a_document_a_row(tmp_path: Path) -> None:
+    ids = [str(100 + i) for i in range(50)]
+    write_table(tmp_path / "a.parquet", id=ids, url=ids, title=ids, text=ARTICLES)
+    found = read(f"parquet:{tmp_path}/*.parquet")
+    assert [raw.id for raw in found] == ids and [raw.text for raw in found] == ARTICLES
+
+
+def test_rows_that_are_sentences_are_put_together_in_their_order(tmp_path: Path) -> None:
+    """BookCorpus as on the hub: one column, a sentence a row."""
+    write_table(tmp_path / "books.parquet", text=SENTENCES)
+    found = read(f"parquet:{tmp_path}/books.parquet")
+    assert 1 < len(found) < 10 and all(len(raw.text) > 50_000 for raw in found[:-1])
+    assert "\n".join(raw.text for raw in found).split("\n") == SENTENCES
+    assert [raw.id for raw in found][:2] == ["books.parquet#0", "books.parquet#1"]
+
+
+def test_a_parquet_file_without_text_or_not_whole_is_refused_by_name(tmp_path: Path) -> None:
+    write_table(tmp_path / "columns.parquet", title=["a"], body=["b"])
+    with pytest.raises(EarlyBertError, match=r'columns\.parquet: no column "text" .*columns: body, title'):
+        read(f"parquet:{tmp_path}/columns.parquet")
+    write_table(tmp_path / "numbers.parquet", text=[1, 2])
+    with pytest.raises(EarlyBertError, match=r"numbers\.parquet: no column"):
+        read(f"parquet:{tmp_path}/numbers.parquet")
+    whole = write_table(tmp_path / "whole.parquet", text=ARTICLES).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-100])
+    with pytest.raises(EarlyBertError, match=r"cut\.parquet: not a whole Parquet file"):
+        read(f"parquet:{tmp_path}/cut.parquet")
+    flipped = bytearray(whole)
+    flipped[40] ^= 0xFF
+    (tmp_path / "flipped.parquet").write_bytes(flipped)
+    with pytest.raises(EarlyBertError, match=r"flipped\.parquet, row group 0: cannot be read after row 0"):
+        read(f"parquet:{tmp_path}/flipped.parquet")
+
+
+def test_a_folder_laid_out_like_a_hub_corpus_is_read_by_its_configuration(tmp_path: Path) -> None:
+    """wikimedia/wikipedia's layout: a README that names configurations, a folder of Parquet files each."""
+    configurations = ["20231101.en", "20231101.it"]
+    listed = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*\n"
+        for name in configurations
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    for name in configurations:
+        for part in range(2):
+            texts = [f"{name} {text}" for text in ARTICLES[25 * part : 25 * part + 25]]
+            ids = [f"{name} {25 * part + i}" for i in range(25)]
+            write_table(tmp_path / name / f"train-0000{part}-of-00002.parquet", id=ids, text=texts)
+    found = read(f"hf:{tmp_path},20231101.it")
+    assert [raw.id for raw in found] == [f"20231101.it {i}" for i in range(50)]
+    assert found[3].text == f"20231101.it {ARTICLES[3]}"
+    with pytest.raises(EarlyBertError, match=r"20231101\.xx.*check the name and its configuration"):
+        read(f"hf:{tmp_path},20231101.xx")
+
+
+def test_a_folder_of_json_lines_is_read_as_a_hub_corpus(tmp_path: Path) -> None:
+    rows = [{"id": i, "text": text} for i, text in enumerate(ARTICLES[:9])]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [raw.text for raw in read(f"hf:{tmp_path}")] == ARTICLES[:9]
+
+
+def test_a_hub_that_cannot_be_reached_or_a_folder_without_data_is_said(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(EarlyBertError, match=r"source 'hf:.*check the name"):
+        read(f"hf:{tmp_path}/nothing")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(EarlyBertError, match=r"source 'hf:nobody/nothing'.*give them as parquet:GLOB"):
+        read("hf:nobody/nothing")
