@@ -17,10 +17,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep import sentences, sources, steps, vocab
+from data_prep import duplicates, sentences, sources, steps, vocab
 from data_prep.report import megabytes, progress_bar, report
 from data_prep.sources import Source
 from earlybert.config import EarlyBertError, SettingsError, sync_folder
@@ -36,13 +37,16 @@ from earlybert.shards import (
     write_manifest,
 )
 
-_PREPARATION_VERSION = 1
+_PREPARATION_VERSION = 2
 """Raised where the same settings give other shards than before."""
 
 _VOCABULARY_CHARACTERS = 256_000_000
 """The vocabulary is learnt from at most about this much text, whole documents chosen by the seed."""
 
 _LOCK = ".preparing"
+_EXAMPLES = 3
+_SMALL = 10_000
+"""Documents; for fewer, starting processes takes longer than looking for duplicates."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class BuildSettings:
     """Keep upper case and accents."""
     min_words: int = 15
     """Documents of fewer words are dropped."""
+    deduplicate: duplicates.Kind = "near"
+    """Drop documents that are there twice: nearly, exactly, or keep them."""
     language: str = "en"
     """ISO 639 code of the language whose rules split the sentences."""
     seed: int = 0
@@ -83,6 +89,8 @@ class BuildSettings:
             raise SettingsError(f"--tasks {self.tasks}: choose from 1 to 99999")
         if self.workers is not None and self.workers < 1:
             raise SettingsError(f"--workers {self.workers}: at least 1")
+        if self.deduplicate not in ("near", "exact", "none"):
+            raise SettingsError(f"--deduplicate {self.deduplicate}: choose near, exact or none")
         if self.min_words < 0:
             raise SettingsError(f"--min-words {self.min_words}: at least 0")
         sentences.check_language(self.language)
@@ -146,9 +154,9 @@ class _Build:
     tell: Callable[[str], None]
 
     def run(self) -> Manifest:
-        for name in ("staged", "shards", "progress"):
+        for name in ("staged", "unique", "shards", "progress"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
-        cleaned = self._clean()
+        cleaned = self._unique(self._clean())
         vocab_size = self._vocabulary(cleaned)
         tokenized = self._tokenize(cleaned, vocab_size)
         statistics = self._statistics(cleaned, tokenized)
@@ -182,6 +190,43 @@ class _Build:
                 )
         return counts
 
+    def _unique(self, cleaned: dict[str, int]) -> dict[str, int]:
+        """Drop duplicates between all sources and tasks; the counts of what is left, and of what went."""
+        kind = self.settings.deduplicate
+        if kind == "none":
+            return cleaned
+        hashes, pairs, clusters = (self.work / name for name in ("signatures", "pairs", "clusters"))
+        documents = sum(n for label, n in cleaned.items() if label.endswith("|documents"))
+        self.tell(f"looking for {kind} duplicates")
+        for stage, pipeline, tasks in (
+            ("hash", [steps.Unstage(self._staged), duplicates.Signature(hashes, kind=kind)], None),
+            ("pair", [duplicates.buckets(hashes, pairs, kind=kind)], duplicates.config(kind).num_buckets),
+            ("cluster", [duplicates.cluster(pairs, clusters, kind=kind)], 1),
+        ):
+            self._run(stage, pipeline, tasks=tasks, small=documents < _SMALL)
+        unique = duplicates.Unique(clusters, kind=kind)
+        pipeline = [steps.Unstage(self._staged), unique, steps.Stage(self.work / "unique")]
+        filtered = self._run("unique", pipeline, small=documents < _SMALL)
+        for gone, stays in duplicates.examples(clusters, tasks=self.settings.tasks, count=_EXAMPLES):
+            self.tell(f"  a duplicate: {self._id(gone)} of {self._id(stays)}, which stays")
+        kept = ("|words", "|characters")
+        return {k: n for k, n in cleaned.items() if not k.endswith(kept)} | filtered
+
+    def _id(self, place: tuple[int, int]) -> str:
+        """Name a staged document of (task, place)."""
+        rank, number = place
+        _, id, _ = next(islice(steps.staged(steps.staged_file(self._staged, rank)), number, None))
+        return repr(id)
+
+    @property
+    def _staged(self) -> Path:
+        return self.work / "staged"
+
+    @property
+    def _ready(self) -> Path:
+        """Where the documents lie that go into the corpus."""
+        return self._staged if self.settings.deduplicate == "none" else self.work / "unique"
+
     def _vocabulary(self, cleaned: dict[str, int]) -> int:
         """Learn or copy the tokenizer into the work folder; returns its size."""
         target = self.work / TOKENIZER
@@ -196,7 +241,7 @@ class _Build:
                 characters = sum(n for label, n in cleaned.items() if label.endswith("|characters"))
                 share = min(1.0, _VOCABULARY_CHARACTERS / characters)
                 self.tell(f"learning {size:,} WordPieces from {megabytes(int(characters * share))} of text")
-                files = [steps.staged_file(self.work / "staged", rank) for rank in range(self.settings.tasks)]
+                files = [steps.staged_file(self._ready, rank) for rank in range(self.settings.tasks)]
                 learnt = vocab.learn(
                     _Sample(files, share, self.settings.seed), vocab_size=size, cased=self.settings.cased
                 )
@@ -209,7 +254,7 @@ class _Build:
         dropped = sum(n for label, n in cleaned.items() if "|dropped|" in label)
         documents = sum(n for label, n in cleaned.items() if label.endswith("|documents")) - dropped
         pipeline = [
-            steps.Unstage(self.work / "staged"),
+            steps.Unstage(self._ready),
             steps.Tokenize(self.work / TOKENIZER),
             steps.Shard(
                 self.work / "shards",
@@ -221,13 +266,19 @@ class _Build:
         return self._execute("tokenize", pipeline, bar="shard", total=documents, unit=" documents")
 
     def _execute(self, stage: str, pipeline: list[Any], *, bar: str, total: int, unit: str) -> dict[str, int]:
-        tasks = self.settings.tasks
-        workers = self.settings.workers or min(tasks, len(os.sched_getaffinity(0)))
+        with progress_bar(self.work / "progress", prefix=bar, stage=stage, total=total, unit=unit):
+            return self._run(stage, pipeline)
+
+    def _run(
+        self, stage: str, pipeline: list[Any], *, tasks: int | None = None, small: bool = False
+    ) -> dict[str, int]:
+        """Run a pipeline's tasks, as many as the settings say if nothing else is; their counts."""
+        tasks = tasks or self.settings.tasks
+        workers = 1 if small else self.settings.workers or min(tasks, len(os.sched_getaffinity(0)))
         executor = steps.Executor(
             pipeline=pipeline, tasks=tasks, workers=workers, logging_dir=str(self.work / stage)
         )
-        with progress_bar(self.work / "progress", prefix=bar, stage=stage, total=total, unit=unit):
-            executor.run()
+        executor.run()
         return steps.totals(self.work / stage, tasks=tasks)
 
     def _statistics(self, cleaned: dict[str, int], tokenized: dict[str, int]) -> list[dict[str, Any]]:
@@ -328,6 +379,7 @@ def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Path]]]) 
         "vocab_size": None if tokenizer else settings.vocab_size or 30522,
         "cased": settings.cased,
         "min_words": settings.min_words,
+        "deduplicate": settings.deduplicate,
         "language": settings.language,
         "seed": settings.seed,
         "tasks": settings.tasks,

@@ -167,7 +167,8 @@ class Unstage(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for source, id, split in staged(staged_file(self.folder, rank)):
-            yield Document(text="", id=id, metadata={"source": source, "sentences": split})
+            metadata = {"source": source, "sentences": split}
+            yield Document(text=" ".join(split), id=id, metadata=metadata)
 
 
 class Tokenize(PipelineStep):

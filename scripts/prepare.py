@@ -49,6 +49,12 @@ def main() -> int:
     )
     parser.add_argument("--cased", action="store_true", help="keep upper case and accents")
     parser.add_argument("--min-words", type=int, default=15, metavar="N", help="drop shorter documents (15)")
+    parser.add_argument(
+        "--deduplicate",
+        choices=("near", "exact", "none"),
+        default="near",
+        help="drop documents that are there twice, over all sources (near)",
+    )
     parser.add_argument("--language", default="en", metavar="CODE", help="whose rules split sentences (en)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the vocabulary's sample (0)")
     parser.add_argument(
@@ -67,6 +73,7 @@ def main() -> int:
         workers=arguments.workers,
         cased=arguments.cased,
         min_words=arguments.min_words,
+        deduplicate=arguments.deduplicate,
         language=arguments.language,
         seed=arguments.seed,
     )

@@ -39,7 +39,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]
     folder = tmp_path_factory.mktemp("prepared")
     for i in range(4):
         (folder / f"{i}.txt").write_text(f"Number {i}.\n" + prose())
-    arguments: list[object] = [f"text:{folder}/*.txt", "--out", folder / "corpora" / "c", "--vocab-size", 128]
+    arguments: list[object] = [
+        f"text:{folder}/*.txt",
+        "--out",
+        folder / "corpora" / "c",
+        "--deduplicate",
+        "none",
+        "--vocab-size",
+        128,
+    ]
     arguments += ["--tasks", 2]
     done = run("prepare.py", *arguments)
     assert done.returncode == 0, done.stderr
