@@ -211,7 +211,8 @@ def torture(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Tall
             if not deck:  # every kind once before any comes again
                 deck = kinds(chance, ranks, length, foreign)
                 chance.shuffle(deck)
-            fault = deck.pop()()
+            kind = deck.pop()
+            fault = kind()
             starts += 1
             start = Start(folder, name, ranks=ranks, armed=fault.armed)
             hit = fault.act(start) if fault.act is not None else True
@@ -225,7 +226,10 @@ def torture(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Tall
                 hit = done
                 if expected:
                     owed.append((fault.kind, expected))
-            if not hit:
+            if not hit:  # the run was over before; this kind comes later
+                deck.insert(0, kind)
+                if codes == [0] * ranks:
+                    break
                 continue
             left -= 1
             met.append(f"{fault.kind} {fault.armed}".strip())
