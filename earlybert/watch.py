@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -149,7 +150,8 @@ class Watch:
         ]
         first = min({report.rank for report in now} - {report.rank for report in behind}, default=0)
         text = f"the run stands still: {'; '.join(told)}; {self._hint()}"
-        self._end(text if own or dist.rank() == first else None, own=own)
+        heard = {r.rank for r in now} - {r.rank for r in silent} - {dist.rank()}
+        self._end(text if own or dist.rank() == first else None, own=own, heard=heard)
 
     def _hint(self) -> str:
         return (
@@ -157,7 +159,8 @@ class Watch:
             "left of it, then start the same command again: it goes on from the newest checkpoint"
         )
 
-    def _end(self, text: str | None, *, own: bool) -> NoReturn:
+    def _end(self, text: str | None, *, own: bool, heard: Collection[int] = ()) -> NoReturn:
+        """`heard`: the ranks that are about to end in the same way."""
         if text is not None:
             print(f"error: {text}", file=sys.stderr, flush=True)
         if own:
@@ -169,8 +172,12 @@ class Watch:
         self._left = _ALARM
         with contextlib.suppress(RuntimeError):
             self._publish()
-        if dist.rank() == 0:
-            time.sleep(2 * _ANSWERS_WITHIN)  # its store goes with it: the others are about to ask it
+            # Rank 0's store goes with it: the others may be about to ask it.
+            until = time.monotonic() + 2 * _ANSWERS_WITHIN
+            while dist.rank() == 0 and time.monotonic() < until:
+                if all(report.left for report in self._reports() if report.rank in heard):
+                    break
+                time.sleep(0.2)
         os._exit(LOST)  # the main thread is inside something that does not return
 
     # --- the store ---

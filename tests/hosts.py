@@ -101,8 +101,11 @@ class Hosts:
         return f"{self._mark}-{name}"
 
     def _on(self, name: str, command: list[str]) -> list[str]:
+        # A core each, as machines have their own: their processes would wait for each other otherwise.
+        cores = sorted(os.sched_getaffinity(0))
+        own = ["taskset", "-c", str(cores[self.names.index(name) % len(cores)])]
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
-        return ["ip", "netns", "exec", self._space(name), *named, *command]
+        return ["ip", "netns", "exec", self._space(name), *own, *named, *command]
 
     def _make(self) -> None:
         _run("ip", "link", "add", self._mark, "type", "bridge")

@@ -52,6 +52,7 @@ def adam_losses(folder, resume):
     return [_adam_losses(folder, resume=resume, recompute=recompute) for recompute in (False, True)]
 
 
+@pytest.mark.slow  # compiles DeepSpeed's Adam, which nothing else here uses
 def test_deepspeeds_own_adam_resumes_inexactly_because_it_multiplies_beta_powers_on(tmp_path):
     arguments = {"folder": str(tmp_path), "ranks": 1}
     (unbroken,) = ranks.run("test_deepspeed:adam_losses", resume=False, **arguments)

@@ -1,12 +1,12 @@
 """scripts/show.py on runs, checkpoints and tickets, as a user runs it."""
 
 import json
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+import ranks
 from earlybert.checkpoint import Manifest, _sealed
 from earlybert.ticket import Ticket
 
@@ -23,10 +23,13 @@ TICKET = Ticket(
 
 
 def show(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "show.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout + done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        words = list(map(str, arguments))
+        (process,) = ranks.launch(str(ROOT / "scripts" / "show.py"), words, ranks=1, logs=Path(folder))
+        code = process.wait(timeout=120)
+        said = (Path(folder) / "log-0.txt").read_text()
+    assert "Traceback" not in said, said
+    return code, said
 
 
 @pytest.fixture
