@@ -32,8 +32,10 @@ class GuardSettings:
     action: Literal["skip", "roll_back", "stop"] = "skip"
     """Give up the step's update and go on; go back to the newest checkpoint and past the batches since; or
     end the run."""
-    spike: float = 10.0
-    """A loss so many standard deviations above the mean of the last `window` is a spike; 0 looks for none."""
+    spike: float = 0.0
+    """A loss so many standard deviations above the mean of the last `window` is a spike, such as 10; 0 looks
+    for none. To skip helps against bad batches; where an update before has spoiled the weights, going on or
+    rolling back does (LOG.md)."""
     window: int = 100
     """Optimizer steps, all of them good; until there are so many nothing counts as a spike."""
     limit: int = 5

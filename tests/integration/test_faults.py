@@ -76,7 +76,7 @@ def test_an_armed_fault_that_does_not_exist_is_refused(unbroken):
 
 
 POISONED = Path(__file__).parent / "pretrain_with_poison.py"
-GUARDED = [*SHORT, "guard.window=3", "checkpoint.every=4"]
+GUARDED = [*SHORT, "guard.spike=10", "guard.window=3", "checkpoint.every=4"]
 
 
 def poison(folder, factor, *, steps=(5,)):
