@@ -11,6 +11,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import difflib
+import functools
 import glob
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import lzma
 import re
 import sys
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -284,6 +286,7 @@ def _read_wikipedia(path: Path, progress: Progress) -> Iterator[Raw]:
 
 _BOOK_SUFFIXES = frozenset({".txt", ".md", ".markdown", ".text"})
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+_ARCHIVES = (*_TAR_SUFFIXES, ".zip")
 
 
 def _book_files(path: Path, word: str) -> list[Path]:
@@ -296,11 +299,11 @@ def _book_files(path: Path, word: str) -> list[Path]:
             )
         return found
     if not path.exists():
-        raise EarlyBertError(f"source {word!r}: no such folder or tar file; check the path")
-    if not path.name.lower().endswith(_TAR_SUFFIXES):
+        raise EarlyBertError(f"source {word!r}: no such folder or archive; check the path")
+    if not path.name.lower().endswith(_ARCHIVES):
         raise EarlyBertError(
-            f"source {word!r}: neither a folder nor a tar file ({', '.join(_TAR_SUFFIXES)}); "
-            "give one, or use text:GLOB"
+            f"source {word!r}: neither a folder nor an archive ({', '.join(_ARCHIVES)}); give one, or use "
+            "text:GLOB"
         )
     return [path]
 
@@ -313,6 +316,9 @@ def _is_book(name: str) -> bool:
 
 
 def _read_books(path: Path, progress: Progress) -> Iterator[Raw]:
+    if path.name.lower().endswith(".zip"):
+        yield from _read_zip(path, progress)
+        return
     if not path.name.lower().endswith(_TAR_SUFFIXES):
         yield Raw(id=path.name, text="\n".join(lines(path, progress=progress)))
         return
@@ -320,22 +326,38 @@ def _read_books(path: Path, progress: Progress) -> Iterator[Raw]:
     try:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
-                name = Path(member.name).name
-                if not member.isfile() or name.startswith("."):
-                    continue
-                if not _is_book(name):
-                    yield Raw(id=name, text="", dropped="not a book file")
-                    continue
-                file = archive.extractfile(member)
-                assert file is not None
-                data = file.read()
-                _check_utf8(
-                    codecs.getincrementaldecoder("utf-8")(), data, offset=0, what=f"{path}: {member.name}"
-                )
-                _check_utf8(codecs.getincrementaldecoder("utf-8")(), b"", offset=0, what=str(path))
-                yield Raw(id=name, text=data.decode("utf-8-sig"))
+                if member.isfile():
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    yield from _member(path, member.name, file.read)
     except tarfile.TarError as error:
         raise EarlyBertError(f"{path}: not a whole tar file ({error}); get it again") from error
+
+
+def _read_zip(path: Path, progress: Progress) -> Iterator[Raw]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if not entry.is_dir():
+                    yield from _member(path, entry.filename, functools.partial(archive.read, entry))
+                progress(entry.header_offset + entry.compress_size)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise EarlyBertError(f"{path}: not a whole, open zip file ({error}); get it again") from error
+
+
+def _member(path: Path, member: str, read: Callable[[], bytes]) -> Iterator[Raw]:
+    """The book that a member of an archive is; its content is read only where it is one."""
+    name = Path(member).name
+    if name.startswith("."):
+        return
+    if not _is_book(name):
+        yield Raw(id=name, text="", dropped="not a book file")
+        return
+    data = read()
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    _check_utf8(decoder, data, offset=0, what=f"{path}: {member}")
+    _check_utf8(decoder, b"", offset=len(data), what=f"{path}: {member}")
+    yield Raw(id=name, text=data.decode("utf-8-sig"))
 
 
 class _ChunkFile(io.RawIOBase, IO[bytes]):  # type: ignore[misc]
@@ -393,7 +415,7 @@ _KINDS = {
     "jsonl": _Kind("jsonl", _read_jsonl, lambda raw: clean.plain_text(raw.text), "jsonl:GLOB"),
     "parquet": _Kind("parquet", _read_parquet, lambda raw: clean.plain_text(raw.text), "parquet:GLOB"),
     "hf": _Kind("hub", _read_hub, lambda raw: clean.plain_text(raw.text), "hf:NAME[,CONFIG]"),
-    "books": _Kind("books", _read_books, lambda raw: clean.book(raw.text), "books:DIR-or-TAR"),
+    "books": _Kind("books", _read_books, lambda raw: clean.book(raw.text), "books:DIR-or-ARCHIVE"),
     "wikiextractor": _Kind(
         "wikipedia", _read_wikiextractor, lambda raw: clean.leftovers(raw.text), "wikiextractor:GLOB"
     ),

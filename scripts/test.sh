@@ -6,4 +6,4 @@ source scripts/setup.sh
 ruff check --quiet .
 ruff format --quiet --check .
 mypy --no-error-summary
-exec python -m pytest -m "not slow and not gpu" "$@"
+exec python -m pytest -m "not slow and not gpu" --durations=10 "$@"

@@ -106,7 +106,7 @@ XML = "<mediawiki><page><title>T</title><ns>0</ns><id>1</id><revision><text>" + 
 BAD: list[tuple[str, Callable[[Path], object], str, str]] = [
     ("empty file", lambda p: p.touch(), "text:{}", "is empty"),
     ("missing file", lambda p: None, "text:{}", "no file matches"),
-    ("missing books", lambda p: None, "books:{}", "no such folder or tar file"),
+    ("missing books", lambda p: None, "books:{}", "no such folder or archive"),
     (
         "truncated bz2",
         lambda p: p.write_bytes(_cut(bz2.compress(prose(900).encode()))),

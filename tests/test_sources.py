@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -159,6 +160,11 @@ def test_broken_wikiextractor_files_are_refused(text: str, message: str, tmp_pat
 
 
 def _tar(path: Path, members: dict[str, bytes], mode: str) -> None:
+    if mode == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name, content in members.items():
+                zipped.writestr(name, content)
+        return
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -166,8 +172,13 @@ def _tar(path: Path, members: dict[str, bytes], mode: str) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-@pytest.mark.parametrize(("name", "mode"), [("b.tar", "w"), ("b.tar.gz", "w:gz"), ("b.tar.xz", "w:xz")])
-def test_a_tar_and_a_folder_of_the_same_books_read_the_same(name: str, mode: str, tmp_path: Path) -> None:
+FORMS = [("b.tar", "w"), ("b.tar.gz", "w:gz"), ("b.tar.xz", "w:xz"), ("b.zip", "zip")]
+
+
+@pytest.mark.parametrize(("name", "mode"), FORMS)
+def test_an_archive_and_a_folder_of_the_same_books_read_the_same(
+    name: str, mode: str, tmp_path: Path
+) -> None:
     books = {"A - One.txt": b"# One\n\nText.", "B - Two.md": "Zwei süße.".encode()}
     _tar(tmp_path / name, {f"books/{k}": v for k, v in books.items()}, mode)
     folder = tmp_path / "books"
@@ -179,13 +190,13 @@ def test_a_tar_and_a_folder_of_the_same_books_read_the_same(name: str, mode: str
 
 
 def test_bad_books_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EarlyBertError, match="no such folder or tar file"):
+    with pytest.raises(EarlyBertError, match="no such folder or archive"):
         sources.files(sources.parse(f"books:{tmp_path}/none"))
     with pytest.raises(EarlyBertError, match="holds no book"):
         sources.files(sources.parse(f"books:{tmp_path}"))
-    (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(EarlyBertError, match="neither a folder nor a tar file"):
-        sources.files(sources.parse(f"books:{tmp_path}/a.zip"))
+    (tmp_path / "a.rar").write_bytes(b"Rar!")
+    with pytest.raises(EarlyBertError, match="neither a folder nor an archive"):
+        sources.files(sources.parse(f"books:{tmp_path}/a.rar"))
     _tar(tmp_path / "a.tar", {"a.txt": b"fine", "b.txt": b"abc\xe9def"}, "w")
     with pytest.raises(EarlyBertError, match=r"a\.tar: b\.txt: not UTF-8: byte 0xe9 at offset 3 "):
         read(f"books:{tmp_path}/a.tar")
@@ -193,6 +204,16 @@ def test_bad_books_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes((tmp_path / "c.tar").read_bytes()[:20_000])
     with pytest.raises(EarlyBertError, match=r"c\.tar: not a whole tar file"):
         read(f"books:{tmp_path}/c.tar")
+    _tar(tmp_path / "d.zip", {"a.txt": b"fine " * 9999, "b.txt": b"abc\xe9def"}, "zip")
+    with pytest.raises(EarlyBertError, match=r"d\.zip: b\.txt: not UTF-8: byte 0xe9 at offset 3 "):
+        read(f"books:{tmp_path}/d.zip")
+    content = bytearray((tmp_path / "d.zip").read_bytes())
+    (tmp_path / "cut.zip").write_bytes(content[:-30])
+    content[60] ^= 0xFF
+    (tmp_path / "flipped.zip").write_bytes(content)
+    for name in ("cut", "flipped"):
+        with pytest.raises(EarlyBertError, match=rf"{name}\.zip: not a whole, open zip file"):
+            read(f"books:{tmp_path}/{name}.zip")
     (tmp_path / "d.tar").write_bytes(b"not a tar at all" * 100)
     with pytest.raises(EarlyBertError, match=r"d\.tar: not a whole tar file"):
         read(f"books:{tmp_path}/d.tar")

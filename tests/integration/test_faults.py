@@ -34,7 +34,8 @@ def assert_goes_on(folder, name):
 
 
 def test_a_rank_that_hangs_is_named_with_what_it_was_at_and_its_stack_is_kept(unbroken):
-    codes = unbroken.run("name=hangs", *SHORT, **{VARIABLE: "hang@step.data#11:1"})
+    soon = [*SHORT, "hang_seconds=5"]
+    codes = unbroken.run("name=hangs", *soon, **{VARIABLE: "hang@step.data#11:1"})
     assert codes == [LOST, LOST], unbroken.log()
     assert "the run stands still: rank 1 on " in unbroken.log()
     assert "has been at 'step 6: data' for" in unbroken.log()
@@ -54,7 +55,9 @@ def test_a_rank_that_is_killed_is_named_by_the_other(unbroken, victim):
 
 
 def test_a_rank_that_was_stopped_does_not_answer(unbroken):
-    processes = unbroken.start("name=stopped", *SHORT, "phases.0.steps=5000", "phases.0.warmup=0.0002")
+    processes = unbroken.start(
+        "name=stopped", *SHORT, "hang_seconds=5", "phases.0.steps=5000", "phases.0.warmup=0.0002"
+    )
     wait_for_step(unbroken, "stopped", 4, lambda: all(p.poll() is None for p in processes))
     processes[1].send_signal(signal.SIGSTOP)
     assert processes[0].wait(timeout=60) == LOST

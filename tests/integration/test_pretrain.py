@@ -92,7 +92,7 @@ def told(lines: list[dict]) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("stage", "precision", "optimizer"),
-    [(0, "bf16", "adamw"), (1, "fp32", "adamw"), (2, "bf16", "adamw"), (3, "bf16", "lamb")],
+    [(0, "bf16", "adamw"), (1, "fp32", "lamb"), (3, "bf16", "adamw")],  # torture.py pulls plugs at ZeRO-2
 )
 def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_the_last_bit(
     tmp_path, stage, precision, optimizer
