@@ -71,6 +71,8 @@ class BuildSettings:
     """Drop documents that are there twice: nearly, exactly, or keep them."""
     language: str = "en"
     """ISO 639 code of the language whose rules split the sentences."""
+    only_language: bool = False
+    """Drop documents that are in another language, by a guess from their beginning."""
     seed: int = 0
     """Chooses the documents that the vocabulary is learnt from, where there is more text than it needs."""
 
@@ -154,7 +156,7 @@ class _Build:
     tell: Callable[[str], None]
 
     def run(self) -> Manifest:
-        for name in ("staged", "unique", "shards", "progress"):
+        for name in ("staged", "unique", "shards", "progress", "examples"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
         cleaned = self._unique(self._clean())
         vocab_size = self._vocabulary(cleaned)
@@ -175,7 +177,12 @@ class _Build:
         given = [source for source, _ in self.inputs]
         pipeline = [
             steps.Read(self.inputs, progress=self.work / "progress"),
-            steps.Clean(given, min_words=self.settings.min_words),
+            steps.Clean(
+                given,
+                min_words=self.settings.min_words,
+                only_language=self.settings.language if self.settings.only_language else None,
+                examples=self.work / "examples",
+            ),
             steps.Split(language=self.settings.language),
             steps.Stage(self.work / "staged"),
         ]
@@ -293,6 +300,7 @@ class _Build:
                     "bytes": sum(map(sources.size_of, paths)),
                     "documents_read": cleaned.get(f"{index}|documents", 0),
                     "dropped": _dropped(cleaned, index) | _dropped(tokenized, index),
+                    "examples": self._examples(index),
                     "documents": tokenized.get(f"{index}|kept", 0),
                     "words": cleaned.get(f"{index}|words", 0),
                     "characters": cleaned.get(f"{index}|characters", 0),
@@ -302,6 +310,16 @@ class _Build:
                 }
             )
         return result
+
+    def _examples(self, index: int) -> dict[str, list[str]]:
+        """Ids of a few documents of a source that were dropped, for each reason."""
+        found: dict[str, list[str]] = {}
+        prefix = f"{index}|dropped|"
+        for rank in range(self.settings.tasks):
+            for label, ids in json.loads((self.work / "examples" / f"{rank:05d}.json").read_text()).items():
+                if label.startswith(prefix):
+                    found.setdefault(label.removeprefix(prefix), []).extend(ids)
+        return {reason: ids[: steps.EXAMPLES] for reason, ids in sorted(found.items())}
 
     def _publish(self, statistics: list[dict[str, Any]], vocab_size: int) -> Manifest:
         """Move shards and tokenizer into place and write the manifest last; may be repeated after a crash."""
@@ -381,6 +399,7 @@ def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Path]]]) 
         "min_words": settings.min_words,
         "deduplicate": settings.deduplicate,
         "language": settings.language,
+        "only_language": settings.only_language,
         "seed": settings.seed,
         "tasks": settings.tasks,
     }

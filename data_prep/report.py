@@ -18,7 +18,8 @@ def report(manifest: Manifest) -> Iterator[str]:
             f"{row['documents_read']:,} documents"
         )
         for reason, count in row["dropped"].items():
-            yield f"  dropped {count:,}: {reason}"
+            examples = ", ".join(map(repr, row.get("examples", {}).get(reason, [])))
+            yield f"  dropped {count:,}: {reason}" + (f" (such as {examples})" if examples else "")
         yield (
             f"  kept {row['documents']:,} documents, {row['sentences']:,} sentences, {row['words']:,} words, "
             f"{row['tokens']:,} tokens ({row['unknown_tokens'] / max(1, row['tokens']):.3%} unknown)"

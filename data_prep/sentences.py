@@ -13,6 +13,7 @@ import sentencex
 from earlybert.config import EarlyBertError
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
+_LOOKED_AT = 2000
 
 
 def split(text: str, *, language: str = "en") -> list[str]:
@@ -28,3 +29,10 @@ def check_language(language: str) -> None:
     """Raise EarlyBertError unless `language` looks like an ISO 639 code (sentencex falls back by itself)."""
     if not _LANGUAGE.fullmatch(language):
         raise EarlyBertError(f"--language {language!r}: give an ISO 639 code such as en, it or de")
+
+
+def language_of(text: str) -> str:
+    """ISO 639-1 code of the language that a text seems to be in, by its first `_LOOKED_AT` characters."""
+    import py3langid  # its model is loaded with the first text, where one is asked for at all
+
+    return py3langid.classify(text[:_LOOKED_AT])[0]

@@ -41,6 +41,8 @@ _STAGED_ROWS = 1000
 _STAGED_CHARACTERS = 1 << 24
 _SENTENCES_A_BATCH = 8192
 _PROGRESS_SECONDS = 0.25
+EXAMPLES = 3
+"""Ids of dropped documents that are kept for each reason."""
 
 
 class TaskError(EarlyBertError):
@@ -86,29 +88,52 @@ class Read(PipelineStep):
 
 
 class Clean(PipelineStep):
-    """Turn raw text into plain prose; drop what is empty or too short."""
+    """Turn raw text into plain prose; drop what is empty, too short or in another language.
+
+    Of what is dropped for each reason a task keeps the first ids in `examples`/RANK.json.
+    """
 
     name, type = "prose", "2 - clean"
 
-    def __init__(self, sources: list[Source], *, min_words: int) -> None:
+    def __init__(
+        self, sources: list[Source], *, min_words: int, only_language: str | None, examples: Path
+    ) -> None:
         super().__init__()
         self.sources = sources
         self.min_words = min_words
+        self.only_language = only_language
+        self.examples = examples
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        examples: dict[str, list[str]] = {}
         for document in data:
             index = document.metadata["source"]
             raw = Raw(id=document.id, text=document.text, details=document.metadata.pop("details"))
             with self.track_time():
                 document.text = self.sources[index].clean(raw)
-            words = len(document.text.split())
-            if not words or words < self.min_words:
-                reason = f"fewer than {self.min_words} words" if words else "empty after cleaning"
-                self.stat_update(f"{index}|dropped|{reason}")
+                words = len(document.text.split())
+                reason = self._why_dropped(document.text, words)
+            if reason is not None:
+                label = f"{index}|dropped|{reason}"
+                self.stat_update(label)
+                if len(held := examples.setdefault(label, [])) < EXAMPLES:
+                    held.append(document.id)
                 continue
             self.stat_update(f"{index}|words", value=words)
             self.stat_update(f"{index}|characters", value=len(document.text))
             yield document
+        write_atomically(self.examples / f"{rank:05d}.json", json.dumps(examples))
+
+    def _why_dropped(self, text: str, words: int) -> str | None:
+        if not words:
+            return "empty after cleaning"
+        if words < self.min_words:
+            return f"fewer than {self.min_words} words"
+        if self.only_language is not None:
+            found = sentences.language_of(text)
+            if found != self.only_language:
+                return f"in {found}, not {self.only_language}"
+        return None
 
 
 class Split(PipelineStep):

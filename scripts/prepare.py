@@ -56,6 +56,9 @@ def main() -> int:
         help="drop documents that are there twice, over all sources (near)",
     )
     parser.add_argument("--language", default="en", metavar="CODE", help="whose rules split sentences (en)")
+    parser.add_argument(
+        "--only-language", action="store_true", help="drop documents that are in another language"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the vocabulary's sample (0)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a corpus of other settings in --out"
@@ -74,6 +77,7 @@ def main() -> int:
         cased=arguments.cased,
         min_words=arguments.min_words,
         deduplicate=arguments.deduplicate,
+        only_language=arguments.only_language,
         language=arguments.language,
         seed=arguments.seed,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -367,3 +368,29 @@ def test_settings_check_themselves(changes: dict[str, Any], message: str, texts:
 def test_the_manifest_is_a_plain_value(texts: Path, tmp_path: Path) -> None:
     manifest = build(settings(texts), tmp_path / "out", tell=quiet)
     assert isinstance(manifest, Manifest) and str(tmp_path) not in str(dataclasses.asdict(manifest))
+
+
+def test_documents_in_another_language_go_where_that_is_asked_for(tmp_path: Path) -> None:
+    english = (
+        "The committee of the museum decided in the spring that the old house by the river would be kept."
+    )
+    german = (
+        "Der Ausschuss des Museums beschloss im Frühling, dass das alte Haus am Fluss erhalten bleiben soll."
+    )
+    rows = [{"id": f"en{i}", "text": f"{english} It was house number {i}. " * 3} for i in range(20)]
+    rows += [{"id": f"de{i}", "text": f"{german} Es war das Haus mit der Nummer {i}. " * 3} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    manifests = [
+        build(
+            BuildSettings(
+                sources=(f"jsonl:{tmp_path}/a.jsonl",), vocab_size=128, deduplicate="none", only_language=only
+            ),
+            tmp_path / str(only), tell=quiet,
+        )
+        for only in (False, True)
+    ]  # fmt: skip
+    assert [manifest.documents for manifest in manifests] == [25, 20]
+    (row,) = manifests[1].statistics["sources"]
+    assert row["dropped"] == {"in de, not en": 5}
+    assert set(row["examples"]["in de, not en"]) <= {f"de{i}" for i in range(5)}
+    assert "  dropped 5: in de, not en (such as 'de" in "\n".join(report(manifests[1]))
