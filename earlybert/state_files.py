@@ -25,6 +25,8 @@ from earlybert.config import EarlyBertError
 from earlybert.shrink import Piece
 from earlybert.state import MASTER, State, share
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it, and not from a thread
 ANCHOR = "anchor"
 """Masters of the step to rewind to, beside the state's own."""
 
@@ -59,6 +61,7 @@ def write(path: Path, state: State, anchor: State | None) -> dict[str, Any]:
         save_file(tensors, path, metadata={"starts": json.dumps(starts)})
     except SafetensorError as error:  # its words for the system's refusal to write
         raise OSError(str(error)) from error
+    path.chmod(0o666 & ~_UMASK)  # safetensors writes for the owner alone
     faults.point("save.shard")
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -37,6 +37,7 @@ def saves(folder, stage):
     dist.barrier()
     found = checkpoint.newest_good(where)
     assert found is not None and found.folder.name == "step-0000004"
+    assert len({path.stat().st_mode for path in found.folder.iterdir()}) == 1, "all for the same readers"
     again = tiny.engine(stage, "bf16", tiny.settings(minimum_step=20, latest_step=20))
     checkpoint.load(again, found)
     resumed = tiny.train(again, range(4, 6))
