@@ -37,7 +37,7 @@ from earlybert.shards import (
     write_manifest,
 )
 
-_PREPARATION_VERSION = 2
+_PREPARATION_VERSION = 3
 """Raised where the same settings give other shards than before."""
 
 _VOCABULARY_CHARACTERS = 256_000_000
@@ -170,8 +170,10 @@ class _Build:
         total = 0
         for source, paths in self.inputs:
             size = sum(map(sources.size_of, paths))
-            total += (
-                size if steps.is_split_by_file(paths, self.settings.tasks) else size * self.settings.tasks
+            once = steps.is_split_by_file(paths, self.settings.tasks)
+            total += sum(
+                sources.size_of(path) * (1 if once or source.can_split(path) else self.settings.tasks)
+                for path in paths
             )
             self.tell(f"reading {source.word}: {len(paths):,} files, {megabytes(size)}")
         given = [source for source, _ in self.inputs]

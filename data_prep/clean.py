@@ -12,12 +12,15 @@ import html
 import re
 import unicodedata
 
-_CONTROL = {c: None for c in (*range(0x00, 0x09), 0x0B, *range(0x0E, 0x1C), *range(0x7F, 0xA0)) if c != 0x85}
-_INVISIBLE = dict.fromkeys((0x00AD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, 0xFEFF, 0xFFFD))
-_BREAKS = dict.fromkeys((0x0C, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029), "\n")
-_SURROGATES = dict.fromkeys(range(0xD800, 0xE000))  # from escapes in source code; no encoding takes them
-_TABLE = {**_CONTROL, **_INVISIBLE, **_BREAKS, **_SURROGATES}
-_SPACES = re.compile(r"[^\S\n]+")
+_DROPPED = (
+    "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # control characters
+    "\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd"  # what cannot be seen
+    "\ud800-\udfff"  # halves of pairs, from escapes in source code; no encoding takes them
+)
+_BREAKS = "\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+_ODD_SPACES = "\t\x0b\x1f\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
+_ODD = re.compile(f"[{_DROPPED}{_BREAKS}{_ODD_SPACES}]+")
+_IS_DROPPED, _IS_BREAK = re.compile(f"[{_DROPPED}]"), re.compile(f"[{_BREAKS}]")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 _WRAPPED_MINIMUM, _WRAPPED_MAXIMUM = 40, 100
@@ -30,7 +33,7 @@ _TAGS = (
     "small|source|span|strike|strong|sub|sup|syntaxhighlight|table|tbody|td|th|thead|timeline|tr|tt|u|ul|"
     "var|wbr"
 )
-_TAG = re.compile(rf"</?(?:{_TAGS})\b[^<>]*/?>", re.IGNORECASE)
+TAG = re.compile(rf"</?(?:{_TAGS})\b[^<>]*/?>", re.IGNORECASE)
 _BREAK_TAG = re.compile(r"<(?:br|hr|p|li|dd|dt|tr)\b[^<>]*>", re.IGNORECASE)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _REFERENCE = re.compile(
@@ -49,11 +52,11 @@ _EDITORIAL = re.compile(
 )
 _STRAY = re.compile(r"\{\{|\}\}|\[\[|\]\]")
 
-_EMPTY_BRACKETS = re.compile(r"\(\s*(?:[,;:/\u2013-]\s*)*\)|\[\s*\]")
-_AFTER_OPENING = re.compile(r"([(\[])\s*(?:[,;:]\s*)+")
-_BEFORE_CLOSING = re.compile(r"(?:\s*[,;:])+\s*([)\]])")
-_INSIDE_BRACKETS = re.compile(r"(?<=[(\[]) +| +(?=[)\]])")
-_BEFORE_MARK = re.compile(r" +([,.;:!?])(?=\s|$)")
+_BRACKETS = re.compile(r"[(\[][^()\[\]\n]*[)\]]")
+_AFTER_OPENING = re.compile(r"([(\[])[\s,;:]+")
+_EDGE = " ,;:"
+_NOTHING = frozenset("()[] ,;:/\u2013-")
+_BEFORE_MARK = re.compile(r" +([,.;:!?])(?!\S)")
 _DOUBLED_MARK = re.compile(r"([,;:])(?:\s*[,;])+")
 
 _GUTENBERG_START = re.compile(
@@ -86,12 +89,27 @@ _ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#+.!>-])")
 def prose(text: str) -> str:
     """Normalise any text: NFC, one kind of space and newline, nothing invisible, no line without a letter
     or digit."""
-    if not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
-    lines = (line.strip() for line in _SPACES.sub(" ", text).split("\n"))
-    kept = (line if not line or any(map(str.isalnum, line)) else "" for line in lines)
-    return _BLANK_LINES.sub("\n\n", "\n".join(kept)).strip()
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _single_spaces(_ODD.sub(_even, text))
+    lines = []
+    for line in map(str.strip, text.split("\n")):
+        if not line.isascii():  # composition does not reach over a newline
+            line = unicodedata.normalize("NFC", line)
+        lines.append(line if any(map(str.isalnum, line)) else "")
+    text = "\n".join(lines).strip()
+    return _BLANK_LINES.sub("\n\n", text) if "\n\n\n" in text else text
+
+
+def _even(odd: re.Match[str]) -> str:
+    found = _IS_DROPPED.sub("", odd[0])
+    return "\n" if _IS_BREAK.search(found) else " " if found else ""
+
+
+def _single_spaces(text: str) -> str:
+    while "  " in text:
+        text = text.replace("  ", " ")
+    return text
 
 
 def unwrap(text: str) -> str:
@@ -119,7 +137,7 @@ def leftovers(text: str) -> str:
     if "<" in text:
         text = _COMMENT.sub("", text)
         text = _REFERENCE.sub("", text)
-        text = _TAG.sub("", _BREAK_TAG.sub("\n", text))
+        text = TAG.sub("", _BREAK_TAG.sub("\n", text))
     if "{" in text:
         text = _without(_INNER_TEMPLATE, text)
         text = _without(_INNER_TABLE, text)
@@ -135,9 +153,17 @@ def leftovers(text: str) -> str:
 def tidy(text: str) -> str:
     """Mend the punctuation around what was removed: empty brackets, spaces before commas, doubled commas."""
     text = _DOUBLED_MARK.sub(r"\1", text)
-    text = _BEFORE_CLOSING.sub(r"\1", _AFTER_OPENING.sub(r"\1", text))
-    text = _EMPTY_BRACKETS.sub("", _INSIDE_BRACKETS.sub("", text))
-    return _SPACES.sub(" ", _BEFORE_MARK.sub(r"\1", text))
+    text = _AFTER_OPENING.sub(r"\1", text)
+    text = text.replace(", )", ")").replace("; )", ")").replace(" )", ")")
+    text = _BRACKETS.sub(_mended, text)
+    return _single_spaces(_BEFORE_MARK.sub(r"\1", text))
+
+
+def _mended(group: re.Match[str]) -> str:
+    found = group[0]
+    if found[-2] in _EDGE or found[1] in _EDGE:
+        found = found[0] + found[1:-1].strip(_EDGE) + found[-1]
+    return "" if _NOTHING.issuperset(found) else found
 
 
 def book(text: str) -> str:

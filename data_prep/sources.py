@@ -1,51 +1,28 @@
 """SOURCE words to raw documents: which files a word stands for, and each file as a stream of documents.
 
-Every reader is a generator that holds one document at a time. Compression is told from a file's first
-bytes, not its name. The surprise: each byte is checked to be UTF-8 as it streams, so a bad byte is reported
-with its offset (in the decompressed stream), and a stream that breaks off is an error, never a shorter
-corpus.
+Every reader is a generator that holds one document at a time.
 """
 
 from __future__ import annotations
 
-import bz2
-import codecs
 import difflib
-import functools
 import glob
-import gzip
 import hashlib
-import io
-import lzma
 import re
 import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import orjson
-import pyarrow as pa
 
-from data_prep import clean, hub, python_docs, tables, wikipedia
+from data_prep import books, bzip2, clean, hub, python_docs, streams, tables, wikipedia, wikitext
+from data_prep.raw import Raw
+from data_prep.streams import Progress
 from earlybert.config import EarlyBertError
 
-Progress = Callable[[int], None]
-"""Called with the bytes read so far of a file (compressed bytes, where it is compressed)."""
-
-
-@dataclass(frozen=True)
-class Raw:
-    """A document as its source has it: `dropped` says why it is none (a redirect), before any text is
-    looked at."""
-
-    id: str
-    text: str
-    dropped: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+Part = tuple[int, int]
+"""(which, of how many)"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +45,16 @@ class Source:
     def documents(self, path: Path, *, progress: Progress) -> Iterator[Raw]:
         """Stream the raw documents of one of the source's files, always in the same order."""
         return _KINDS[self.kind].read(path, progress)
+
+    def can_split(self, path: Path) -> bool:
+        """Whether `part` reads a part of this file without reading all of it."""
+        return self.kind == "wikipedia" and (_is_bzip2(path) or streams.is_plain(path))
+
+    def part(self, path: Path, part: Part, *, progress: Progress) -> Iterator[Raw]:
+        """Stream the documents of a part of a file that can be split (each is in one part), or the whole."""
+        return (
+            self.documents(path, progress=progress) if part[1] == 1 else _read_wikipedia(path, progress, part)
+        )
 
     def clean(self, raw: Raw) -> str:
         """Turn a raw document's text into plain prose; empty where nothing is left."""
@@ -105,7 +92,7 @@ def files(source: Source) -> list[Path]:
     if source.kind == "python-docs":
         return [python_docs.standard_library()]
     if source.kind == "books":
-        found = _book_files(Path(source.pattern), source.word)
+        found = books.files(Path(source.pattern), source.word)
     elif source.kind == "hf":
         found = hub.files(source.pattern, word=source.word)
     else:
@@ -147,48 +134,6 @@ def identity(path: Path) -> str:
     return digest.hexdigest()
 
 
-def chunks(path: Path, *, progress: Progress | None = None, text: bool = True) -> Iterator[bytes]:
-    """Stream a file's decompressed bytes.
-
-    Raises EarlyBertError naming the file where compression breaks off or, with `text`, at the offset of the
-    first byte that is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")() if text else None
-    offset = 0
-    with open(path, "rb") as file:
-        stream, form = _decompressed(file)
-        while True:
-            try:
-                chunk = stream.read(1 << 20)
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise EarlyBertError(
-                    f"{path}: the {form} stream breaks after {offset} bytes of content ({error}); "
-                    "the file is truncated or damaged, get it again"
-                ) from error
-            if decoder is not None:
-                _check_utf8(decoder, chunk, offset=offset, what=str(path))
-            if not chunk:
-                return
-            offset += len(chunk)
-            if progress is not None:
-                progress(file.tell())
-            yield chunk
-
-
-def lines(path: Path, *, progress: Progress | None = None) -> Iterator[str]:
-    """Stream a text file's lines without their ends, decompressed and checked."""
-    rest = b""
-    first = True
-    for chunk in chunks(path, progress=progress):
-        if first:
-            chunk, first = chunk.removeprefix(codecs.BOM_UTF8), False
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line.removesuffix(b"\r").decode("utf-8")
-    if rest:
-        yield rest.removesuffix(b"\r").decode("utf-8")
-
-
 _TEXT_DOCUMENT_CHARACTERS = 1 << 20
 """A text file is one document, but one longer than this is cut at the next blank line."""
 
@@ -196,7 +141,7 @@ _TEXT_DOCUMENT_CHARACTERS = 1 << 20
 def _read_text(path: Path, progress: Progress) -> Iterator[Raw]:
     held: list[str] = []
     length = part = 0
-    for line in lines(path, progress=progress):
+    for line in streams.lines(path, progress=progress):
         held.append(line)
         length += len(line) + 1
         if length >= _TEXT_DOCUMENT_CHARACTERS and (
@@ -209,7 +154,7 @@ def _read_text(path: Path, progress: Progress) -> Iterator[Raw]:
 
 
 def _read_jsonl(path: Path, progress: Progress) -> Iterator[Raw]:
-    for number, line in enumerate(lines(path, progress=progress), start=1):
+    for number, line in enumerate(streams.lines(path, progress=progress), start=1):
         if not line.strip():
             continue
         try:
@@ -234,7 +179,7 @@ _DOC_START = re.compile(r'<doc id="([^"]*)"(?:[^>]* title="(.*)")?[^>]*>\s*$')
 def _read_wikiextractor(path: Path, progress: Progress) -> Iterator[Raw]:
     held: list[str] | None = None
     id = title = ""
-    for number, line in enumerate(lines(path, progress=progress), start=1):
+    for number, line in enumerate(streams.lines(path, progress=progress), start=1):
         start = _DOC_START.match(line) if line.startswith("<doc ") else None
         if start:
             if held is not None:
@@ -269,139 +214,48 @@ def _read_hub(path: Path, progress: Progress) -> Iterator[Raw]:
         start = file.read(4)
     if start == tables.MAGIC:
         return _read_parquet(path, progress)
-    first = next((line for line in lines(path) if line.strip()), "")
+    first = next((line for line in streams.lines(path) if line.strip()), "")
     return (_read_jsonl if first.startswith("{") else _read_text)(path, progress)
 
 
-def _read_wikipedia(path: Path, progress: Progress) -> Iterator[Raw]:
-    for page in wikipedia.pages(chunks(path, progress=progress), path=path):
-        dropped = "other namespace" if page.namespace != 0 else "redirect" if page.redirect else None
-        yield Raw(
-            id=page.id,
-            text="" if dropped else page.text,
-            dropped=dropped,
-            details={"dropped_prefixes": page.dropped_prefixes},
-        )
+def _is_bzip2(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(bzip2.MAGIC)) == bzip2.MAGIC
 
 
-_BOOK_SUFFIXES = frozenset({".txt", ".md", ".markdown", ".text"})
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-_ARCHIVES = (*_TAR_SUFFIXES, ".zip")
+def _read_wikipedia(path: Path, progress: Progress, part: Part = (0, 1)) -> Iterator[Raw]:
+    if part[1] == 1:
+        chunks: wikipedia.Chunks = ((chunk, True) for chunk in _export(path, progress))
+    else:
+        chunks = _part_of_export(path, part, progress)
+    start = wikipedia.head(_export(path), path=path) if part[0] else None
+    found = wikipedia.pages(chunks, path=path, head=start)
+    for page in found:
+        details = {"dropped_prefixes": page.dropped_prefixes, "title": page.title, "stub": page.stub}
+        yield Raw(id=page.id, text=page.text, dropped=page.dropped, details=details)
 
 
-def _book_files(path: Path, word: str) -> list[Path]:
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_book(p.name))
-        if not found:
-            raise EarlyBertError(
-                f"source {word!r}: the folder holds no book; books are files named "
-                f"{', '.join(sorted(_BOOK_SUFFIXES))}"
-            )
-        return found
-    if not path.exists():
-        raise EarlyBertError(f"source {word!r}: no such folder or archive; check the path")
-    if not path.name.lower().endswith(_ARCHIVES):
-        raise EarlyBertError(
-            f"source {word!r}: neither a folder nor an archive ({', '.join(_ARCHIVES)}); give one, or use "
-            "text:GLOB"
-        )
-    return [path]
+def _export(path: Path, progress: Progress | None = None) -> Iterator[bytes]:
+    return streams.chunks(path, progress=progress, check=False)  # a bad byte breaks its page only
 
 
-def _is_book(name: str) -> bool:
-    stem = name.lower()
-    for compressed in (".gz", ".xz", ".bz2"):
-        stem = stem.removesuffix(compressed)
-    return Path(stem).suffix in _BOOK_SUFFIXES and not name.startswith(".")
-
-
-def _read_books(path: Path, progress: Progress) -> Iterator[Raw]:
-    if path.name.lower().endswith(".zip"):
-        yield from _read_zip(path, progress)
+def _part_of_export(path: Path, part: Part, progress: Progress) -> Iterator[tuple[bytes, bool]]:
+    """(content, whether pages that begin in it are the part's) from the part's first byte to the file's
+    last."""
+    size = path.stat().st_size
+    start, stop = (size * place // part[1] for place in (part[0], part[0] + 1))
+    if _is_bzip2(path):
+        for content, at, mine in bzip2.blocks(path, start, stop):
+            progress(min(at, stop) - start)
+            yield content, mine
         return
-    if not path.name.lower().endswith(_TAR_SUFFIXES):
-        yield Raw(id=path.name, text="\n".join(lines(path, progress=progress)))
-        return
-    stream = _ChunkFile(chunks(path, progress=progress, text=False))
-    try:
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in archive:
-                if member.isfile():
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    yield from _member(path, member.name, file.read)
-    except tarfile.TarError as error:
-        raise EarlyBertError(f"{path}: not a whole tar file ({error}); get it again") from error
-
-
-def _read_zip(path: Path, progress: Progress) -> Iterator[Raw]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if not entry.is_dir():
-                    yield from _member(path, entry.filename, functools.partial(archive.read, entry))
-                progress(entry.header_offset + entry.compress_size)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise EarlyBertError(f"{path}: not a whole, open zip file ({error}); get it again") from error
-
-
-def _member(path: Path, member: str, read: Callable[[], bytes]) -> Iterator[Raw]:
-    """The book that a member of an archive is; its content is read only where it is one."""
-    name = Path(member).name
-    if name.startswith("."):
-        return
-    if not _is_book(name):
-        yield Raw(id=name, text="", dropped="not a book file")
-        return
-    data = read()
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    _check_utf8(decoder, data, offset=0, what=f"{path}: {member}")
-    _check_utf8(decoder, b"", offset=len(data), what=f"{path}: {member}")
-    yield Raw(id=name, text=data.decode("utf-8-sig"))
-
-
-class _ChunkFile(io.RawIOBase, IO[bytes]):  # type: ignore[misc]
-    """Chunks as the readable file that tarfile's stream mode wants."""
-
-    def __init__(self, source: Iterable[bytes]) -> None:
-        super().__init__()
-        self._source = iter(source)
-        self._held = b""
-
-    def read(self, size: int = -1) -> bytes:
-        parts, length = [self._held], len(self._held)
-        while length < size and (chunk := next(self._source, b"")):
-            parts.append(chunk)
-            length += len(chunk)
-        data = b"".join(parts)
-        self._held = data[size:]
-        return data[:size]
-
-
-def _decompressed(file: IO[bytes]) -> tuple[IO[bytes], str]:
-    magic = file.read(6)
-    file.seek(0)
-    if magic.startswith(b"BZh"):
-        return bz2.BZ2File(file), "bz2"
-    if magic.startswith(b"\xfd7zXZ\x00"):
-        return lzma.LZMAFile(file), "xz"
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=file), "gz"  # type: ignore[return-value]
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), "zst"
-    return file, "plain"
-
-
-def _check_utf8(decoder: codecs.IncrementalDecoder, chunk: bytes, *, offset: int, what: str) -> None:
-    pending = len(decoder.getstate()[0])
-    try:
-        decoder.decode(chunk, final=not chunk)
-    except UnicodeDecodeError as error:
-        at = offset - pending + error.start
-        raise EarlyBertError(
-            f"{what}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at} ({error.reason}); "
-            "convert the file to UTF-8"
-        ) from error
+    with open(path, "rb") as file:
+        file.seek(start)
+        at = start
+        while chunk := file.read(min(1 << 20, stop - at) if at < stop else 1 << 20):
+            yield chunk, at < stop
+            at += len(chunk)
+            progress(min(at, stop) - start)
 
 
 def _read_python_docs(root: Path, progress: Progress) -> Iterator[Raw]:
@@ -415,14 +269,18 @@ _KINDS = {
     "jsonl": _Kind("jsonl", _read_jsonl, lambda raw: clean.plain_text(raw.text), "jsonl:GLOB"),
     "parquet": _Kind("parquet", _read_parquet, lambda raw: clean.plain_text(raw.text), "parquet:GLOB"),
     "hf": _Kind("hub", _read_hub, lambda raw: clean.plain_text(raw.text), "hf:NAME[,CONFIG]"),
-    "books": _Kind("books", _read_books, lambda raw: clean.book(raw.text), "books:DIR-or-ARCHIVE"),
+    "books": _Kind("books", books.documents, lambda raw: clean.book(raw.text), "books:DIR-or-ARCHIVE"),
     "wikiextractor": _Kind(
         "wikipedia", _read_wikiextractor, lambda raw: clean.leftovers(raw.text), "wikiextractor:GLOB"
     ),
     "wikipedia": _Kind(
         "wikipedia",
         _read_wikipedia,
-        lambda raw: wikipedia.plain(raw.text, dropped_prefixes=raw.details.get("dropped_prefixes")),
+        lambda raw: wikitext.plain(
+            raw.text,
+            dropped_prefixes=raw.details.get("dropped_prefixes", wikitext.DROPPED_PREFIXES),
+            title=raw.details.get("title"),
+        ),
         "wikipedia:GLOB",
     ),
 }

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from data_prep import sentences, vocab
-from data_prep.sources import Raw, Source
+from data_prep.raw import Raw
+from data_prep.sources import Source
+from data_prep.wikipedia import STUB_WORDS
 from earlybert.config import EarlyBertError, write_atomically
 from earlybert.shards import ShardWriter, shard_name, token_type_for
 
@@ -73,16 +75,16 @@ class Read(PipelineStep):
             for place, path in enumerate(paths):
                 if by_file and place % world_size != rank:
                     continue
-                for ordinal, raw in enumerate(source.documents(path, progress=ticker.at)):
-                    if not by_file and (ordinal + place) % world_size != rank:
-                        continue
+                if by_file or source.can_split(path):
+                    part = (0, 1) if by_file else (rank, world_size)
+                    mine = source.part(path, part, progress=ticker.at)
+                else:
+                    every = source.documents(path, progress=ticker.at)
+                    mine = islice(every, (rank - place) % world_size, None, world_size)
+                for raw in mine:
+                    details = raw.details | {"dropped": raw.dropped}
                     self.stat_update(f"{index}|documents")
-                    if raw.dropped is not None:
-                        self.stat_update(f"{index}|dropped|{raw.dropped}")
-                        continue
-                    yield Document(
-                        text=raw.text, id=raw.id, metadata={"source": index, "details": raw.details}
-                    )
+                    yield Document(text=raw.text, id=raw.id, metadata={"source": index, "details": details})
                 ticker.next()
         ticker.close()
 
@@ -109,10 +111,13 @@ class Clean(PipelineStep):
         for document in data:
             index = document.metadata["source"]
             raw = Raw(id=document.id, text=document.text, details=document.metadata.pop("details"))
-            with self.track_time():
-                document.text = self.sources[index].clean(raw)
-                words = len(document.text.split())
-                reason = self._why_dropped(document.text, words)
+            reason = raw.details["dropped"]
+            words = 0
+            if reason is None:
+                with self.track_time():
+                    document.text = self.sources[index].clean(raw)
+                    words = len(document.text.split())
+                    reason = self._why_dropped(document.text, words, stub=raw.details.get("stub", False))
             if reason is not None:
                 label = f"{index}|dropped|{reason}"
                 self.stat_update(label)
@@ -124,11 +129,13 @@ class Clean(PipelineStep):
             yield document
         write_atomically(self.examples / f"{rank:05d}.json", json.dumps(examples))
 
-    def _why_dropped(self, text: str, words: int) -> str | None:
+    def _why_dropped(self, text: str, words: int, *, stub: bool) -> str | None:
         if not words:
             return "empty after cleaning"
         if words < self.min_words:
             return f"fewer than {self.min_words} words"
+        if stub and words < STUB_WORDS:
+            return f"a stub of fewer than {STUB_WORDS} words"
         if self.only_language is not None:
             found = sentences.language_of(text)
             if found != self.only_language:

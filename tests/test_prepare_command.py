@@ -125,7 +125,7 @@ BAD: list[tuple[str, Callable[[Path], object], str, str]] = [
         "text:{}",
         "gz stream breaks",
     ),
-    ("truncated xml", lambda p: p.write_text(XML), "wikipedia:{}", "the XML breaks at byte"),
+    ("truncated xml", lambda p: p.write_text(XML), "wikipedia:{}", "the XML breaks off in or after page 1"),
     ("not utf-8", lambda p: p.write_bytes(b"na\xefve " * 99), "text:{}", "not UTF-8: byte 0xef at offset 2"),
     ("unknown kind", lambda p: p.write_text("x"), "warc:{}", "unknown kind 'warc'"),
     ("too little text", lambda p: p.write_text(prose()), "text:{}", "too little text for --vocab-size 8192"),
@@ -176,5 +176,5 @@ def test_a_real_dump_becomes_a_corpus(tmp_path: Path) -> None:
     row = manifest["statistics"]["sources"][0]
     assert row["documents_read"] == 206
     assert (row["dropped"]["redirect"], row["dropped"]["other namespace"]) == (99, 1)
-    assert manifest["documents"] >= 100 and manifest["tokens"] > 400_000
+    assert manifest["documents"] >= 95 and manifest["tokens"] > 400_000
     assert manifest["sources"].keys() == {"wikipedia"}
