@@ -16,12 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep import duplicates, sentences, sources, steps, vocab
+from data_prep.executors import TaskError, Where
 from data_prep.report import megabytes, progress_bar, report
 from data_prep.sources import Source
 from earlybert.config import EarlyBertError, SettingsError, sync_folder
@@ -51,7 +52,7 @@ _SMALL = 10_000
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a corpus is made of; every field but `workers` shapes the result."""
+    """What a corpus is made of; every field but `where` shapes the result."""
 
     sources: tuple[str, ...]
     """SOURCE words such as "books:books.tar.xz"."""
@@ -61,8 +62,8 @@ class BuildSettings:
     """WordPieces to learn; 30522 where neither this nor a tokenizer is given."""
     tasks: int = 4
     """Parts that the work is cut in, and so the number of shards."""
-    workers: int | None = None
-    """Processes; as many as there are cores and tasks where not given."""
+    where: Where = field(default_factory=Where)
+    """Processes of this machine or of a cluster."""
     cased: bool = False
     """Keep upper case and accents."""
     min_words: int = 15
@@ -89,8 +90,6 @@ class BuildSettings:
             vocab.check_size(self.vocab_size)
         if not 1 <= self.tasks <= 99_999:
             raise SettingsError(f"--tasks {self.tasks}: choose from 1 to 99999")
-        if self.workers is not None and self.workers < 1:
-            raise SettingsError(f"--workers {self.workers}: at least 1")
         if self.deduplicate not in ("near", "exact", "none"):
             raise SettingsError(f"--deduplicate {self.deduplicate}: choose near, exact or none")
         if self.min_words < 0:
@@ -112,7 +111,7 @@ def build(
     """
     folder = Path(out)
     given = [sources.parse(word) for word in settings.sources]
-    inputs = [(source, sources.files(source)) for source in given]
+    inputs = [(source, [path.absolute() for path in sources.files(source)]) for source in given]
     identity = _identity(settings, inputs)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     if (folder / MANIFEST).exists() and not overwrite:
@@ -128,12 +127,12 @@ def build(
     _refuse_foreign(folder)
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f".work-{fingerprint[:16]}"
+    work = folder.absolute() / f".work-{fingerprint[:16]}"
     try:
         with _locked(folder):
             try:
                 return _Build(settings, inputs, identity, fingerprint, folder, work, tell).run()
-            except steps.TaskError:
+            except TaskError:
                 raise
             except EarlyBertError:
                 shutil.rmtree(work, ignore_errors=True)
@@ -282,13 +281,8 @@ class _Build:
         self, stage: str, pipeline: list[Any], *, tasks: int | None = None, small: bool = False
     ) -> dict[str, int]:
         """Run a pipeline's tasks, as many as the settings say if nothing else is; their counts."""
-        tasks = tasks or self.settings.tasks
-        workers = 1 if small else self.settings.workers or min(tasks, len(os.sched_getaffinity(0)))
-        executor = steps.Executor(
-            pipeline=pipeline, tasks=tasks, workers=workers, logging_dir=str(self.work / stage)
-        )
-        executor.run()
-        return steps.totals(self.work / stage, tasks=tasks)
+        where = self.settings.where
+        return where.run(pipeline, tasks=tasks or self.settings.tasks, folder=self.work / stage, small=small)
 
     def _statistics(self, cleaned: dict[str, int], tokenized: dict[str, int]) -> list[dict[str, Any]]:
         """Say for each source what went in, what was dropped and why, and what came out."""

@@ -1,26 +1,17 @@
-"""The pipeline steps of `build`, and the executor that runs them on one machine.
+"""The pipeline steps of `build`.
 
 Two pipelines of datatrove steps: Read, Clean, Split, Stage (raw files to sentences in the work folder) and
 Unstage, Tokenize, Shard (sentences to shards). Task r of N does the same documents whichever process runs
 it and writes one file, so the result does not depend on the number of processes.
-
-The surprise: `Executor.run` replaces the pool of `LocalPipelineExecutor`, which waits for ever for a worker
-that the kernel killed. Tasks, completion markers, logs and statistics are datatrove's own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import threading
 import time
 from collections.abc import Iterator
-from copy import deepcopy
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,14 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datatrove.data import Document
-from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from data_prep import sentences, vocab
 from data_prep.raw import Raw
 from data_prep.sources import Source
 from data_prep.wikipedia import STUB_WORDS
-from earlybert.config import EarlyBertError, write_atomically
+from earlybert.config import write_atomically
 from earlybert.shards import ShardWriter, shard_name, token_type_for
 
 _STAGED = pa.schema([("source", pa.uint16()), ("id", pa.string()), ("sentences", pa.list_(pa.string()))])
@@ -45,11 +35,6 @@ _SENTENCES_A_BATCH = 8192
 _PROGRESS_SECONDS = 0.25
 EXAMPLES = 3
 """Ids of dropped documents that are kept for each reason."""
-
-
-class TaskError(EarlyBertError):
-    """A task that failed for a reason outside the sources; what was finished stays, the same command goes
-    on."""
 
 
 def is_split_by_file(paths: list[Path], tasks: int) -> bool:
@@ -291,115 +276,6 @@ def staged(path: Path) -> Iterator[tuple[int, str, list[str]]]:
             for row in range(batch.num_rows):
                 source, id, split = (column[row].as_py() for column in columns)
                 yield source, id, split
-
-
-def totals(folder: Path, *, tasks: int) -> dict[str, int]:
-    """Add up the counts that every task's steps have saved under an executor's folder."""
-    result: dict[str, int] = {}
-    for rank in range(tasks):
-        for step in json.loads((folder / "stats" / f"{rank:05d}.json").read_text()):
-            for label, value in step["stats"].items():
-                total = value["total"] if isinstance(value, dict) else value
-                result[label] = result.get(label, 0) + int(total)
-    return result
-
-
-class Executor(LocalPipelineExecutor):
-    """LocalPipelineExecutor with processes that may die, and errors that stay one message."""
-
-    def run(self) -> None:
-        """Run the tasks that have no completion marker.
-
-        Raises EarlyBertError as a task raised it, and TaskError for anything else, naming the task's log.
-        """
-        ranks = self.get_incomplete_ranks()
-        if self.workers == 1 or len(ranks) <= 1:
-            for rank in ranks:
-                deepcopy(self).run_task(rank)
-        else:
-            self._run_in_processes(ranks)
-
-    def run_task(self, rank: int) -> None:
-        """Run one task; datatrove's log goes to the task's file only."""
-        from loguru import logger
-
-        try:
-            with contextlib.redirect_stderr(_Nowhere()):
-                self._run_for_rank(rank, 1)
-        except EarlyBertError:
-            raise
-        except Exception as error:
-            log = Path(self.logging_dir.path) / "logs" / f"task_{rank:05d}.log"
-            raise TaskError(
-                f"task {rank} failed: {type(error).__name__}: {error}; its log is {log}, and the same "
-                "command goes on from the finished tasks"
-            ) from error
-        finally:
-            logger.remove()
-
-    def _run_in_processes(self, ranks: list[int]) -> None:
-        context = multiprocessing.get_context("spawn")
-        taken = context.Value("l", 0)
-        failures = context.SimpleQueue()
-        workers = [
-            context.Process(target=_work, args=(self, ranks, taken, failures), daemon=True)
-            for _ in range(min(self.workers, len(ranks)))
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            alive: dict[Any, Any] = {worker.sentinel: worker for worker in workers}
-            while alive:
-                for sentinel in multiprocessing.connection.wait(list(alive)):
-                    worker = alive.pop(sentinel)
-                    worker.join()
-                    if not failures.empty():
-                        kind, message = failures.get()
-                        raise kind(message)
-                    if worker.exitcode:
-                        raise TaskError(
-                            f"a worker process ended with code {worker.exitcode} (-9 is often: out of "
-                            "memory); use fewer --workers; the same command goes on from the finished tasks"
-                        )
-        finally:
-            for worker in workers:
-                if worker.is_alive():
-                    worker.terminate()
-                    worker.join()
-
-
-def _work(executor: Executor, ranks: list[int], taken: Any, failures: Any) -> None:
-    """Take tasks until none is left (the body of a worker process)."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    while True:
-        with taken.get_lock():
-            place = taken.value
-            taken.value += 1
-        if place >= len(ranks):
-            return
-        try:
-            deepcopy(executor).run_task(ranks[place])  # a step's statistics belong to one task
-        except EarlyBertError as error:
-            failures.put((type(error), str(error)))
-            raise SystemExit(1) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-
-
-def _end_with_parent() -> None:
-    """Leave no worker behind a killed command: it would write into the work folder of the next run."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-class _Nowhere(io.TextIOBase):
-    """A stderr that forgets."""
-
-    def write(self, text: str) -> int:
-        return len(text)
 
 
 class _Ticker:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from earlybert.config import run_command
+from earlybert.config import EarlyBertError, run_command
 
 
 def main() -> int:
@@ -45,7 +45,23 @@ def main() -> int:
     )
     parser.add_argument("--tasks", type=int, default=4, metavar="N", help="parts of the work, and shards (4)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes; does not change the result (cores)"
+        "--workers", type=int, metavar="N", help="tasks at a time; does not change the result (cores)"
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="where the tasks run (local); ray and slurm need --out on a file system that all hosts share",
+    )
+    parser.add_argument(
+        "--memory", type=float, default=2.0, metavar="GB", help="that a task asks of ray or slurm (2)"
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option for sbatch, such as partition=cpu or time=12:00:00",
     )
     parser.add_argument("--cased", action="store_true", help="keep upper case and accents")
     parser.add_argument("--min-words", type=int, default=15, metavar="N", help="drop shorter documents (15)")
@@ -66,6 +82,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from data_prep.build import BuildSettings, build
+    from data_prep.executors import Where
 
     started = time.monotonic()
     settings = BuildSettings(
@@ -73,7 +90,12 @@ def main() -> int:
         tokenizer=arguments.tokenizer,
         vocab_size=arguments.vocab_size,
         tasks=arguments.tasks,
-        workers=arguments.workers,
+        where=Where(
+            kind=arguments.executor,
+            workers=arguments.workers,
+            memory=arguments.memory,
+            sbatch=dict(_pair(option) for option in arguments.sbatch),
+        ),
         cased=arguments.cased,
         min_words=arguments.min_words,
         deduplicate=arguments.deduplicate,
@@ -84,6 +106,13 @@ def main() -> int:
     build(settings, arguments.out, overwrite=arguments.overwrite, tell=lambda line: print(line, flush=True))
     print(f"{arguments.out} is ready after {time.monotonic() - started:.0f} s", flush=True)
     return 0
+
+
+def _pair(option: str) -> tuple[str, str]:
+    key, equals, value = option.partition("=")
+    if not equals or not key.strip("-"):
+        raise EarlyBertError(f"--sbatch {option!r}: write KEY=VALUE, such as partition=cpu")
+    return key.lstrip("-"), value
 
 
 if __name__ == "__main__":

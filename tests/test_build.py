@@ -1,7 +1,6 @@
 """Claims about building a corpus folder."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import signal
@@ -15,65 +14,17 @@ import numpy as np
 import pytest
 
 from data_prep import build as room
-from data_prep import duplicates, steps, vocab
+from data_prep import duplicates, executors, steps, vocab
 from data_prep.build import BuildSettings, build
 from data_prep.report import report
 from earlybert.config import EarlyBertError
 from earlybert.shards import Corpus, Manifest
-
-NOUNS = [
-    "river",
-    "mountain",
-    "village",
-    "captain",
-    "letter",
-    "garden",
-    "winter",
-    "market",
-    "engine",
-    "forest",
-]
-VERBS = ["crosses", "remembers", "follows", "measures", "carries", "describes", "builds", "watches", "leaves"]
-
-
-def prose(seed: int, *, sentences: int = 12) -> str:
-    """Sentences as pseudo-random as a hash; no two documents alike."""
-    made = []
-    for i in range(sentences):
-        d = hashlib.sha256(f"{seed} {i}".encode()).digest()
-        made.append(
-            f"The {NOUNS[d[0] % 10]} {VERBS[d[1] % 9]} Mr. {NOUNS[d[2] % 10].title()} in {d[3]}{d[4]}."
-        )
-    return " ".join(made)
+from texts import content, prose, quiet, settings, write_texts
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(12):
-        (folder / f"{i:02d}.txt").write_text(prose(i))
-    (folder / "98.txt").write_text("Too short.")
-    (folder / "99.txt").write_text("*** --- ***\n")
-    return folder
-
-
-def settings(texts: Path, **changes: Any) -> BuildSettings:
-    values: dict[str, Any] = {
-        "sources": (f"text:{texts}/*.txt",),
-        "vocab_size": 192,
-        "tasks": 3,
-        "workers": 1,
-    }
-    return BuildSettings(**(values | changes))
-
-
-def quiet(line: str) -> None:
-    """Tell nobody."""
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return write_texts(tmp_path / "texts")
 
 
 def test_every_sentence_comes_back_from_the_shards(texts: Path, tmp_path: Path) -> None:
@@ -278,8 +229,8 @@ class _Breaks(_Dies):
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
-    executor = steps.Executor(pipeline=[_Dies()], tasks=4, workers=2, logging_dir=str(tmp_path))
-    with pytest.raises(steps.TaskError, match=r"ended with code -9 .*--workers"):
+    executor = executors.LocalExecutor(pipeline=[_Dies()], tasks=4, workers=2, logging_dir=str(tmp_path))
+    with pytest.raises(executors.TaskError, match=r"ended with code -9 .*--workers"):
         executor.run()
 
 
@@ -293,10 +244,10 @@ def _runs(process: int) -> bool:
 
 def test_no_worker_outlives_a_killed_command(tmp_path: Path) -> None:
     program = (
-        "import sys; sys.path[:0] = sys.argv[2:]; import test_build as t; from data_prep import steps\n"
+        "import sys; sys.path[:0] = sys.argv[2:]; import test_build as t; from data_prep import executors\n"
         "if __name__ == '__main__':\n"
         "    wait = t._Waits(sys.argv[1])\n"
-        "    steps.Executor(pipeline=[wait], tasks=2, workers=2, logging_dir=sys.argv[1]).run()\n"
+        "    executors.LocalExecutor(pipeline=[wait], tasks=2, workers=2, logging_dir=sys.argv[1]).run()\n"
     )
     script = tmp_path / "program.py"
     script.write_text(program)
@@ -317,9 +268,11 @@ def test_no_worker_outlives_a_killed_command(tmp_path: Path) -> None:
 def test_any_other_error_is_one_message_that_names_the_log(
     workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    executor = steps.Executor(pipeline=[_Breaks()], tasks=2, workers=workers, logging_dir=str(tmp_path))
+    executor = executors.LocalExecutor(
+        pipeline=[_Breaks()], tasks=2, workers=workers, logging_dir=str(tmp_path)
+    )
     with pytest.raises(
-        steps.TaskError, match=r"failed: OSError: .*No space left.*its log is .*task_0000"
+        executors.TaskError, match=r"failed: OSError: .*No space left.*its log is .*task_0000"
     ) as caught:
         executor.run()
     log = str(caught.value).split("its log is ")[1].split(",")[0]

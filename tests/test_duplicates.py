@@ -9,6 +9,7 @@ import pytest
 
 from data_prep import duplicates
 from data_prep.build import BuildSettings, build
+from data_prep.executors import Where
 from earlybert.shards import Corpus
 
 SYLLABLES = ("ka", "lo", "mi", "nu", "pe", "ra", "so", "tu", "ve", "zi")
@@ -95,7 +96,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path):
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        corpus_of(folder, texts, [article(100)], tasks=3, workers=workers)
+        corpus_of(folder, texts, [article(100)], tasks=3, where=Where(workers=workers))
         manifests.append(json.loads((folder / "out" / "manifest.json").read_text())["shards"])
     assert manifests[0] == manifests[1]
 

@@ -1,8 +1,8 @@
 """Claims about the prose of real Wikipedia pages, beside what people wrote down from reading them."""
 
-import prose
 import pytest
 
+import prose
 from data_prep import wikitext
 
 PAGES = [(dump, id) for dump, pages in prose.recipes().items() for id in pages]

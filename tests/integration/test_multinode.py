@@ -10,9 +10,9 @@ from pathlib import Path
 
 import hosts
 import pytest
-import slurm
 from test_pretrain import EXPERIMENT, PRETRAIN, ROOT, Folder, told
 
+import slurm
 from earlybert.watch import LOST
 
 SCRIPTS = Path(sys.executable).parent
