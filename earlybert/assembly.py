@@ -12,10 +12,11 @@ from earlybert import checkpoint, dist, mechanics, run, schedule, targets
 from earlybert.adapters import enable_checkpointing
 from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError
-from earlybert.data import Loader, PackedSamples, check_vocabulary, prepare_workers
+from earlybert.data import PackedSamples, check_vocabulary
 from earlybert.engine import Engine, ParameterGroups, initialize
 from earlybert.experiment import Experiment
 from earlybert.lifecycle import check_config, empty_module
+from earlybert.loader import Loader, prepare_workers
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
 from earlybert.optim import Lamb
 from earlybert.progress import EarlyBird, Progress

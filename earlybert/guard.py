@@ -18,7 +18,8 @@ import torch
 
 from earlybert import dist
 from earlybert.config import SettingsError
-from earlybert.data import MicroBatch, PackedSamples
+from earlybert.data import PackedSamples
+from earlybert.loader import MicroBatch
 
 _LEAST_SPREAD = 0.01
 """Of the mean: a plateau's standard deviation may be next to nothing."""

@@ -7,7 +7,7 @@ has no such threads, forks them (Python's forkserver); it imports the heavy pack
 
 import signal
 
-import earlybert.data  # noqa: F401 - so that a worker need not
+import earlybert.loader  # noqa: F401 - so that a worker need not
 
 # A launcher signals every process of a job; the rank stops at a step boundary and still needs its workers
 # until then. The server ends when its rank does.

@@ -10,6 +10,7 @@ objective.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from earlybert.config import EarlyBertError, read_json, sync_folder, write_atomically
 
@@ -258,6 +260,18 @@ class Corpus:
         lengths = [np.diff(batch.token_offsets).astype(np.int64) for batch in batches]
         self.document_lengths: np.ndarray = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
         """Tokens of each document, int64 [documents]."""
+
+    @functools.cached_property
+    def sources(self) -> list[str]:
+        """Names of the sources that the documents come from, sorted."""
+        return sorted({name for batch in self._batches for name in pc.unique(batch.source).to_pylist()})
+
+    @functools.cached_property
+    def document_sources(self) -> np.ndarray:
+        """Of each document the place of its source in `sources`, int64 [documents]."""
+        names = pa.array(self.sources)
+        parts = [pc.index_in(batch.source, names).to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, verify: Literal["size", "checksum"] = "size") -> Corpus:

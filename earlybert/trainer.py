@@ -24,11 +24,8 @@ from earlybert import account, checkpoint, dist, faults, guard, report, run, sch
 from earlybert.account import Memory, Sums
 from earlybert.assembly import Assembly
 from earlybert.config import EarlyBertError
-from earlybert.data import (
-    MicroBatch,
-    held_out_batches,
-)
 from earlybert.experiment import Experiment
+from earlybert.loader import MicroBatch, held_out_batches
 from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.schedule import At
 from earlybert.watch import RankLost, Watch

@@ -14,8 +14,9 @@ V = 500
 Document = tuple[np.ndarray, list[int]]
 
 
-def write_corpus(folder: Path, documents: list[Document]) -> Corpus:
+def write_corpus(folder: Path, documents: list[Document], *, sources: list[str] | None = None) -> Corpus:
     """Write documents as two shards beside a vocabulary in which every third token continues a word."""
+    sources = sources or ["text"] * len(documents)
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True)
     vocabulary = {token: id for id, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
@@ -23,10 +24,10 @@ def write_corpus(folder: Path, documents: list[Document]) -> Corpus:
     (tokenizer / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
     infos = []
     half = len(documents) // 2
-    for index, part in enumerate([documents[:half], documents[half:]]):
+    for index, part in enumerate([range(half), range(half, len(documents))]):
         with ShardWriter(folder / shard_name(index, of=2), token_dtype="uint16") as writer:
-            for number, (tokens, starts) in enumerate(part):
-                writer.add(tokens, starts, "text", str(number))
+            for number in part:
+                writer.add(*documents[number], sources[number], str(number - part.start))
         infos.append(writer.close())
     write_manifest(
         folder,

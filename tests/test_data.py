@@ -23,16 +23,15 @@ from corpora import CLS, MASK, PAD, SEP, V, random_documents, write_corpus
 from earlybert.config import EarlyBertError, SettingsError
 from earlybert.data import (
     DataSettings,
-    Loader,
-    MicroBatch,
     PackedSamples,
     Position,
     Split,
     check_vocabulary,
-    held_out_batches,
     split_documents,
 )
+from earlybert.loader import Loader, MicroBatch, held_out_batches
 from earlybert.masking import mask, predictions_a_row, read_vocabulary, words_a_row
+from earlybert.mixing import BLOCK
 from earlybert.order import key_of, permute, words
 from earlybert.shards import Corpus
 
@@ -618,3 +617,97 @@ def test_a_vocabulary_that_does_not_match_the_shards_is_refused(corpus: Corpus) 
         check_vocabulary(corpus, vocab_size=V - 1)
     with pytest.raises(EarlyBertError, match="tokenizer has sha256"):
         check_vocabulary(corpus, vocab_size=V, tokenizer_sha256="0" * 64)
+
+
+def of_sources(folder: Path, sizes: dict[str, int]) -> Corpus:
+    """A corpus of documents of ten tokens from three sources, mixed; a token names its document."""
+    names = [name for name, count in sizes.items() for _ in range(count)]
+    np.random.default_rng(0).shuffle(names)
+    documents = [(np.arange(10) + 10 * d + 5, list(range(10))) for d in range(len(names))]
+    return write_corpus(folder, documents, sources=names)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return of_sources(tmp_path_factory.mktemp("data") / "mixed", {"books": 12, "wikipedia": 25, "web": 12})
+
+
+def source_of(corpus: Corpus, samples: PackedSamples, sample: int) -> str:
+    (source,) = {corpus.origin(document)[0] for document in samples.documents_of(sample)}
+    return source
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
+def test_samples_come_in_the_shares_of_the_weights_each_source_with_its_own_epochs(
+    mixed: Corpus, objective: str
+) -> None:
+    samples = packed(mixed, objective=objective, weights={"books": 3.0, "wikipedia": 1.0, "web": 0.0})
+    ids, epochs = samples.ids(np.arange(BLOCK))
+    named = [source_of(mixed, samples, sample) for sample in ids.tolist()]
+    assert Counter(named) == {"books": BLOCK * 3 // 4, "wikipedia": BLOCK // 4}
+    seen = Counter(zip(named, epochs.tolist(), ids.tolist(), strict=True))
+    assert set(seen.values()) == {1}  # no row comes twice in an epoch of its source
+    for name in ("books", "wikipedia"):
+        counts = Counter(epoch for source, epoch, _ in seen if source == name)
+        *whole, last = (counts[epoch] for epoch in sorted(counts))
+        assert sorted(counts) == list(range(len(counts)))
+        assert len(set(whole)) == 1 and last <= whole[0]  # and none is left out
+    rows = samples.rows(ids[:8], epochs=epochs[:8])
+    assert rows["input_ids"].shape == (8, 16)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_weights_are_kept_in_every_block_and_resume_at_any_position(
+    mixed: Corpus, data: st.DataObject
+) -> None:
+    weights = data.draw(
+        st.fixed_dictionaries({n: st.floats(0.1, 100) for n in ("books", "wikipedia", "web")})
+    )
+    samples = packed(mixed, weights=weights)
+    start = data.draw(st.integers(0, 3 * BLOCK))
+    ids, _ = samples.ids(np.arange(start, start + BLOCK))
+    total = sum(weights.values())
+    counts = Counter(source_of(mixed, samples, sample) for sample in ids.tolist())
+    for name, weight in weights.items():
+        assert abs(counts[name] - BLOCK * weight / total) <= 2
+    again, _ = samples.ids(np.arange(start + 100, start + BLOCK))
+    assert (again == ids[100:]).all()
+
+
+def test_weights_are_part_of_the_position_and_held_out_rows_do_not_know_them(mixed: Corpus) -> None:
+    even = dict.fromkeys(("books", "wikipedia", "web"), 1.0)
+    plain, weighted = packed(mixed), packed(mixed, weights=even)
+    assert plain.fingerprint != weighted.fingerprint != packed(mixed, weights=even | {"web": 2.0}).fingerprint
+    with pytest.raises(EarlyBertError, match="the position in the data was counted with fingerprint"):
+        weighted.consumed(plain.position(7))
+    held = [packed(mixed, weights=weights, split="held_out") for weights in (None, even)]
+    assert held[0].fingerprint == held[1].fingerprint and len(held[0]) == len(held[1])
+    with loading(weighted, micro_batch=2, accumulation=2) as loader:
+        assert len(take(loader, 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"books": 1.0, "wikipedia": 1.0}, "nothing is said of web"),
+        (
+            {"books": 1.0, "wikipedia": 1.0, "web": 1.0, "news": 1.0},
+            r"weights.news: the corpus has no source 'news'",
+        ),
+        ({"books": 1.0, "wikipedia": 1.0, "web": 1e-9}, "weights.web is less than one in 4,096"),
+        ({"books": -1.0}, "weights.books = -1.0"),
+        ({"books": 0.0}, "weights are all 0"),
+    ],
+)
+def test_wrong_weights_name_the_source(mixed: Corpus, weights: dict[str, float], message: str) -> None:
+    with pytest.raises(EarlyBertError, match=message):
+        packed(mixed, weights=weights)
+
+
+def test_a_source_too_small_for_a_sample_is_named(tmp_path: Path) -> None:
+    corpus = of_sources(tmp_path / "c", {"books": 40, "web": 1})
+    with pytest.raises(
+        EarlyBertError, match="source 'web' in the train split .* too few for one sample of 64"
+    ):
+        packed(corpus, length=64, weights={"books": 1.0, "web": 1.0})

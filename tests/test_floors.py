@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"config", "dist", "shards", "mechanics", "faults"},
     1: {
-        "schedule", "data", "order", "masking", "packing", "model", "ticket", "search", "penalty", "optim",
-        "adapters", "targets", "rates", "watch",
+        "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "ticket",
+        "search", "penalty", "optim", "adapters", "targets", "rates", "watch",
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
@@ -31,6 +31,7 @@ GROUND = "config"
 SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
+    ("data", "mixing"), ("mixing", "order"), ("loader", "data"), ("loader", "masking"),
     ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
     ("adapters", "targets"), ("baselines", "state"), ("cutting", "shrink"),
     ("cutting", "state"), ("state", "layouts"), ("state_files", "state"), ("state_files", "shrink"),
