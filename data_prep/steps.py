@@ -21,9 +21,10 @@ import pyarrow as pa
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_prep import sentences, vocab
+from data_prep import sentences
 from data_prep.raw import Raw
 from data_prep.sources import Source
+from data_prep.tokens import Tokens
 from data_prep.wikipedia import STUB_WORDS
 from earlybert.config import write_atomically
 from earlybert.shards import ShardWriter, shard_name, token_type_for
@@ -189,7 +190,7 @@ class Unstage(PipelineStep):
 
 
 class Tokenize(PipelineStep):
-    """Turn sentences into token ids, many documents a call into the Rust side."""
+    """Turn sentences into token ids, many documents at a time."""
 
     name, type = "WordPiece", "6 - tokenize"
 
@@ -198,40 +199,39 @@ class Tokenize(PipelineStep):
         self.folder = folder
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        tokenizer = vocab.load(self.folder)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        unknown = tokenizer.token_to_id("[UNK]")
+        tokens = Tokens(self.folder)
         held: list[Document] = []
         count = 0
         for document in data:
             held.append(document)
             count += len(document.metadata["sentences"])
             if count >= _SENTENCES_A_BATCH:
-                yield from self._encode(tokenizer, held, unknown=unknown)
+                yield from self._encode(tokens, held)
                 held, count = [], 0
-        yield from self._encode(tokenizer, held, unknown=unknown)
+        yield from self._encode(tokens, held)
 
-    def _encode(
-        self, tokenizer: Any, documents: list[Document], *, unknown: int | None
-    ) -> Iterator[Document]:
+    def _encode(self, tokens: Tokens, documents: list[Document]) -> Iterator[Document]:
+        split = [document.metadata.pop("sentences") for document in documents]
         with self.track_time():
-            texts = [s for document in documents for s in document.metadata["sentences"]]
-            encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for document in documents:
+            ids, lengths = tokens.encode(list(chain.from_iterable(split)))
+        ends = np.cumsum(list(map(len, split)), dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        first = 0
+        for document, last in zip(documents, ends.tolist(), strict=True):
             index = document.metadata["source"]
-            ids = [next(encoded).ids for _ in document.metadata.pop("sentences")]
-            lengths = np.array([len(sentence) for sentence in ids if sentence], dtype=np.int64)
-            if not lengths.size:
+            own = ids[starts[first] : starts[last]]
+            own_lengths = lengths[first:last]
+            first = last
+            if not own.size:
                 self.stat_update(f"{index}|dropped|no token")
                 continue
-            tokens = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum()))
-            document.metadata["tokens"] = tokens
-            document.metadata["sentence_starts"] = np.cumsum(lengths) - lengths
+            own_lengths = own_lengths[own_lengths > 0]
+            document.metadata["tokens"] = own
+            document.metadata["sentence_starts"] = np.cumsum(own_lengths) - own_lengths
             self.stat_update(f"{index}|kept")
-            self.stat_update(f"{index}|sentences", value=len(lengths))
-            self.stat_update(f"{index}|tokens", value=len(tokens))
-            self.stat_update(f"{index}|unknown", value=int(np.count_nonzero(tokens == unknown)))
+            self.stat_update(f"{index}|sentences", value=len(own_lengths))
+            self.stat_update(f"{index}|tokens", value=len(own))
+            self.stat_update(f"{index}|unknown", value=int(np.count_nonzero(own == tokens.unknown)))
             yield document
 
 

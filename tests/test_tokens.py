@@ -1,0 +1,77 @@
+"""Claims about turning sentences into ids."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from data_prep import tokens, vocab
+from data_prep.tokens import Tokens
+from texts import prose
+
+ALPHABET = "abcdeABÉéİßΣσ中文01.,()\"'-–’“_/  \t\u00a0\u0338\u0301\u200d[]#😀ﬁ"
+SENTENCES = [
+    "A cabbage, a bead (abc) and 'decade'.",
+    "Éa – “bad” face's 10.01!",
+    "[MASK] is a word, [UNK] too.",
+]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["cased", "uncased"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    text = [*SENTENCES * 3, ALPHABET, ALPHABET, *(prose(i) for i in range(20))]
+    learnt = vocab.learn([text], vocab_size=192, cased=request.param)
+    vocab.save(learnt, path, cased=request.param)
+    return path
+
+
+def expected(folder: Path, sentences: list[str]) -> list[list[int]]:
+    return [e.ids for e in vocab.load(folder).encode_batch(sentences, add_special_tokens=False)]
+
+
+def found(encoder: Tokens, sentences: list[str]) -> list[list[int]]:
+    ids, lengths = encoder.encode(sentences)
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if sentences else []
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_ids_are_those_of_tokenizers_for_any_text(folder: Path, data: st.DataObject) -> None:
+    anything = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=40)
+    likely = st.text(st.sampled_from(ALPHABET), max_size=60)
+    sentences = data.draw(st.lists(st.one_of(likely, anything, st.sampled_from(SENTENCES)), max_size=6))
+    encoder = Tokens(folder)
+    assert encoder.by_word
+    for _ in range(2):  # as learnt and as remembered
+        assert found(encoder, sentences) == expected(folder, sentences)
+
+
+def test_what_is_remembered_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_REMEMBERED", 50)
+    encoder = Tokens(folder)
+    for i in range(40):
+        sentences = [f"word{i} other{i} abc{i}, {j}" for j in range(5)]
+        assert found(encoder, sentences) == expected(folder, sentences)
+        assert len(encoder._known) < 70
+
+
+def test_a_tokenizer_of_another_kind_encodes_whole_sentences(tmp_path: Path) -> None:
+    other = Tokenizer(models.WordLevel({"[UNK]": 0, "a b": 1, "c": 2}, unk_token="[UNK]"))
+    other.pre_tokenizer = pre_tokenizers.Split(", ", "removed")
+    other.save(str(tmp_path / "tokenizer.json"))
+    encoder = Tokens(tmp_path)
+    assert not encoder.by_word
+    assert found(encoder, ["a b, c", "c, d"]) == [[1, 2], [2, 0]]
+
+
+def test_added_tokens_with_a_space_are_kept_whole(folder: Path, tmp_path: Path) -> None:
+    changed = vocab.load(folder)
+    changed.add_tokens(["bad face"])
+    changed.save(str(tmp_path / "tokenizer.json"))
+    encoder = Tokens(tmp_path)
+    assert not encoder.by_word
+    assert found(encoder, ["a bad face"]) == expected(tmp_path, ["a bad face"])
