@@ -112,6 +112,7 @@ def build(
     folder = Path(out)
     given = [sources.parse(word) for word in settings.sources]
     inputs = [(source, [path.absolute() for path in sources.files(source)]) for source in given]
+    before = [sources.version(path) for _, paths in inputs for path in paths]
     identity = _identity(settings, inputs)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     if (folder / MANIFEST).exists() and not overwrite:
@@ -126,19 +127,24 @@ def build(
         )
     _refuse_foreign(folder)
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     work = folder.absolute() / f".work-{fingerprint[:16]}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             try:
-                return _Build(settings, inputs, identity, fingerprint, folder, work, tell).run()
+                return _Build(settings, inputs, before, identity, fingerprint, folder, work, tell).run()
             except TaskError:
                 raise
             except EarlyBertError:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
+    except OSError as error:
+        raise EarlyBertError(
+            f"--out {folder}: {error.strerror or error} ({error.filename or folder}); make it writable and "
+            "give it space, or choose another; the same command goes on from the finished tasks"
+        ) from error
     finally:
-        if not existed and not any(folder.iterdir()):
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
@@ -148,6 +154,8 @@ class _Build:
 
     settings: BuildSettings
     inputs: list[tuple[Source, list[Path]]]
+    before: list[tuple[int, ...]]
+    """The versions of the inputs' files before they were read."""
     identity: dict[str, Any]
     fingerprint: str
     folder: Path
@@ -188,6 +196,7 @@ class _Build:
             steps.Stage(self.work / "staged"),
         ]
         counts = self._execute("clean", pipeline, bar="read", total=total, unit="B")
+        self._refuse_changed_sources()
         for index, (source, paths) in enumerate(self.inputs):
             if not counts.get(f"{index}|characters"):
                 dropped = _dropped(counts, index)
@@ -197,6 +206,12 @@ class _Build:
                     "give one with text, or lower --min-words"
                 )
         return counts
+
+    def _refuse_changed_sources(self) -> None:
+        paths = [path for _, paths in self.inputs for path in paths]
+        for path, before in zip(paths, self.before, strict=True):
+            if sources.version(path) != before:
+                raise EarlyBertError(f"{path} changed while it was read; start the command again")
 
     def _unique(self, cleaned: dict[str, int]) -> dict[str, int]:
         """Drop duplicates between all sources and tasks; the counts of what is left, and of what went."""
@@ -217,14 +232,20 @@ class _Build:
         filtered = self._run("unique", pipeline, small=documents < _SMALL)
         for gone, stays in duplicates.examples(clusters, tasks=self.settings.tasks, count=_EXAMPLES):
             self.tell(f"  a duplicate: {self._id(gone)} of {self._id(stays)}, which stays")
+        dropped = sum(n for label, n in (cleaned | filtered).items() if "|dropped|" in label)
+        if documents - dropped < 2:
+            raise EarlyBertError(
+                f"a corpus needs at least two documents, and of {documents:,} only {documents - dropped} is "
+                f"left when short ones and {kind} duplicates are dropped; add text, or --deduplicate none"
+            )
         kept = ("|words", "|characters")
         return {k: n for k, n in cleaned.items() if not k.endswith(kept)} | filtered
 
     def _id(self, place: tuple[int, int]) -> str:
         """Name a staged document of (task, place)."""
         rank, number = place
-        _, id, _ = next(islice(steps.staged(steps.staged_file(self._staged, rank)), number, None))
-        return repr(id)
+        index, id, _ = next(islice(steps.staged(steps.staged_file(self._staged, rank)), number, None))
+        return f"{self.inputs[index][0].kind} {id!r}"
 
     @property
     def _staged(self) -> Path:

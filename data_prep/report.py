@@ -6,6 +6,9 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from earlybert.shards import Manifest
 
@@ -29,6 +32,33 @@ def report(manifest: Manifest) -> Iterator[str]:
         f"in all {manifest.documents:,} documents, {manifest.sentences:,} sentences, {manifest.tokens:,} "
         f"tokens in {len(manifest.shards)} shards ({megabytes(size)}), vocabulary {manifest.vocab_size:,}"
     )
+
+
+def histogram(lengths: np.ndarray, *, width: int = 40) -> Iterator[str]:
+    """Say in lines how many documents have how many tokens; `lengths` int64 [documents]."""
+    bins = np.log2(np.maximum(lengths, 1)).astype(np.int64)
+    counts = np.bincount(bins)
+    first = int(bins.min()) if len(bins) else 0
+    most = max(1, int(counts.max(initial=0)))
+    for power in range(first, len(counts)):
+        bar = "#" * -(-width * int(counts[power]) // most)
+        tokens = int(lengths[bins == power].sum())
+        share = tokens / max(1, int(lengths.sum()))
+        yield (f"  {1 << power:>11,} tokens and more: {int(counts[power]):>11,} {bar:<{width}} {share:6.1%}")
+
+
+def fertility(manifest: Manifest) -> str:
+    """How many WordPieces the vocabulary makes of a word, in all and of each source."""
+    rows = manifest.statistics.get("sources", [])
+
+    def of(chosen: list[dict[str, Any]]) -> str:
+        words, tokens = (sum(row[key] for row in chosen) for key in ("words", "tokens"))
+        return f"{tokens / max(1, words):.3f}"
+
+    names = sorted({row["name"] for row in rows})
+    each = ", ".join(f"{name} {of([row for row in rows if row['name'] == name])}" for name in names)
+    unknown = sum(row["unknown_tokens"] for row in rows) / max(1, manifest.tokens)
+    return f"WordPieces a word: {of(rows)} ({each}); unknown: {unknown:.4%} of the tokens"
 
 
 @contextlib.contextmanager

@@ -121,6 +121,15 @@ def size_of(path: Path) -> int:
     return sum(p.stat().st_size for p in python_docs.modules(path)) if path.is_dir() else path.stat().st_size
 
 
+def version(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to, on this machine; empty for one that is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_size, found.st_mtime_ns, found.st_ino) if path.is_file() else (1,)
+
+
 def identity(path: Path) -> str:
     """Hash what tells one version of a file from another: name, size, and the first and last MiB."""
     if path.is_dir():

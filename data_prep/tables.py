@@ -34,7 +34,7 @@ def documents(path: Path, *, progress: Callable[[int], None]) -> Iterator[Row]:
 
 def _rows(path: Path, progress: Callable[[int], None]) -> Iterator[Row]:
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise EarlyBertError(
             f"{path}: not a whole Parquet file ({_first_line(error)}); get it again"

@@ -141,7 +141,14 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         raise EarlyBertError(
             f"--tokenizer {path}: not UTF-8 ({error}); give a WordPiece vocabulary"
         ) from error
-    return {piece: i for i, piece in enumerate(pieces)}
+    known: dict[str, int] = {}
+    for i, piece in enumerate(pieces):
+        if known.setdefault(piece, i) != i:
+            raise EarlyBertError(
+                f"--tokenizer {path}, line {i + 1}: {piece!r} stands in line {known[piece] + 1} too; give a "
+                "vocabulary of different pieces"
+            )
+    return known
 
 
 def load(folder: Path) -> Tokenizer:

@@ -43,7 +43,7 @@ def _is_corpus(path: Path) -> bool:
 
 
 def _describe_corpus(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    from data_prep.report import report
+    from data_prep.report import fertility, histogram, report
     from data_prep.vocab import load
     from earlybert.shards import Corpus
 
@@ -52,12 +52,17 @@ def _describe_corpus(path: Path, arguments: argparse.Namespace) -> Iterator[str]
     yield f"corpus {path}, format {manifest.version}, fingerprint {manifest.fingerprint[:16]}"
     yield from report(manifest)
     for name, row in manifest.sources.items():
-        yield f"share of {name}: {row['tokens'] / max(1, manifest.tokens):.1%} of the tokens"
+        yield (
+            f"share of {name}: {row['tokens'] / max(1, manifest.tokens):.1%} of the tokens, "
+            f"{row['documents'] / max(1, manifest.documents):.1%} of the documents"
+        )
+    yield fertility(manifest)
     lengths = corpus.document_lengths
     yield (
         f"tokens a document: least {lengths.min():,}, mean {lengths.mean():,.0f}, most {lengths.max():,}; "
         f"stored as {manifest.token_dtype}"
     )
+    yield from histogram(lengths)
     yield f"settings: {', '.join(f'{k} {v}' for k, v in manifest.settings.items() if k != 'sources')}"
     if arguments.verify:
         yield "every checksum is right"

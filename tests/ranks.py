@@ -29,7 +29,13 @@ from earlybert.lifecycle import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["earlybert.trainer", "earlybert.pretrained", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+    [
+        "earlybert.trainer",
+        "earlybert.pretrained",
+        "data_prep.build",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    ]
 )
 
 
