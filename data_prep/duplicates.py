@@ -142,7 +142,7 @@ class _NoTokenizer(WordTokenizer):
         raise NotImplementedError
 
 
-@functools.lru_cache(maxsize=1 << 20)
+@functools.lru_cache(maxsize=1 << 16)
 def _hash(word: str) -> int:
     """64 bits of a word, the same on every machine."""
     return int.from_bytes(

@@ -31,7 +31,7 @@ from earlybert.shards import ShardWriter, shard_name, token_type_for
 
 _STAGED = pa.schema([("source", pa.uint16()), ("id", pa.string()), ("sentences", pa.list_(pa.string()))])
 _STAGED_ROWS = 1000
-_STAGED_CHARACTERS = 1 << 24
+_STAGED_CHARACTERS = 1 << 21
 _SENTENCES_A_BATCH = 8192
 _PROGRESS_SECONDS = 0.25
 EXAMPLES = 3
@@ -270,7 +270,7 @@ def staged_file(folder: Path, rank: int) -> Path:
 
 def staged(path: Path) -> Iterator[tuple[int, str, list[str]]]:
     """Stream (source index, document id, sentences) from a staged file."""
-    with pa.memory_map(str(path)) as file:
+    with pa.OSFile(str(path)) as file:
         for batch in pa.ipc.open_stream(file):
             columns = [batch.column(name) for name in ("source", "id", "sentences")]
             for row in range(batch.num_rows):

@@ -16,8 +16,8 @@ import numpy as np
 
 from data_prep import vocab
 
-_REMEMBERED = 1_000_000
-"""Words; a million take about 250 MB."""
+_REMEMBERED = 100_000
+"""Words; they take about 25 MB."""
 
 
 _END = "\n"
@@ -55,9 +55,10 @@ class Tokens:
         return ids[ids != -1], np.diff(ends, prepend=-1) - 1
 
     def _learn(self, words: list[str]) -> None:
-        if len(self._known) > _REMEMBERED:
-            self._known = {}
-        new = list(set(words).difference(self._known, (_END,)))
+        here = set(words)
+        if len(self._known) > _REMEMBERED:  # frequent words are among those of any batch
+            self._known = {word: ids for word, ids in self._known.items() if word in here}
+        new = list(here.difference(self._known, (_END,)))
         self._known[_END] = (-1,)
         for word, encoding in zip(
             new, self._tokenizer.encode_batch_fast(new, add_special_tokens=False), strict=True

@@ -33,7 +33,7 @@ TOKENIZER = "tokenizer"
 TokenType = Literal["uint16", "uint32"]
 
 _ROWS_A_BATCH = 1000
-_TOKENS_A_BATCH = 4_000_000  # bounds the writer's memory where documents are whole books
+_TOKENS_A_BATCH = 1_000_000  # bounds the writer's memory where documents are whole books
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""A searching engine of a shape's true widths with random weights, and a step of it on random tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from typing import Any
+
+SHAPES = {
+    "mini": {"layers": 4, "hidden": 256, "heads": 4},
+    "base": {"layers": 12, "hidden": 768, "heads": 12},
+    "large": {"layers": 24, "hidden": 1024, "heads": 16},
+}
+VOCABULARY, LENGTH = 30_592, 32
+
+
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, and on what."""
+    import torch
+
+    return {
+        "shape": arguments.shape, "stage": arguments.stage, "ranks": arguments.ranks,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }  # fmt: skip
+
+
+def searching_engine(arguments: argparse.Namespace, ticket: Any) -> Any:
+    """A searching engine of the shape, in bf16."""
+    import torch
+
+    from earlybert.engine import initialize
+    from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+    from earlybert.progress import EarlyBird
+
+    shape = SHAPES[arguments.shape]
+    torch.manual_seed(0)
+    model = EarlyBertForPreTraining(
+        EarlyBertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=shape["hidden"],
+            num_hidden_layers=shape["layers"],
+            num_attention_heads=shape["heads"],
+            intermediate_size=4 * shape["hidden"],
+            coefficients="train",
+        )
+    )
+    zero = {"stage": arguments.stage, "reduce_bucket_size": 2_000_000}
+    return initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": zero,
+        },
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True),
+        early_bird=EarlyBird(ticket),
+    )
+
+
+def step(engine: Any) -> float:
+    """One optimizer step on random tokens; its seconds."""
+    import torch
+
+    began = time.perf_counter()
+    ids = torch.randint(5, VOCABULARY, (1, LENGTH)).to(engine.device)
+    places = torch.arange(0, LENGTH, 6)[None].to(engine.device)
+    loss = engine(input_ids=ids, masked_positions=places, masked_labels=ids[:, ::6]).loss
+    engine.backward(loss)
+    del loss
+    engine.step()
+    return time.perf_counter() - began
+
+
+def parameters(engine: Any) -> int:
+    """Of the whole model, sharded or not."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
