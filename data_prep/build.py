@@ -24,7 +24,7 @@ from typing import Any
 from data_prep import duplicates, sentences, sources, steps, vocab
 from data_prep.executors import TaskError, Where
 from data_prep.report import megabytes, progress_bar, report
-from data_prep.sources import Source
+from data_prep.sources import Place, Source
 from earlybert.config import EarlyBertError, SettingsError, sync_folder
 from earlybert.shards import (
     MANIFEST,
@@ -111,7 +111,10 @@ def build(
     """
     folder = Path(out)
     given = [sources.parse(word) for word in settings.sources]
-    inputs = [(source, [path.absolute() for path in sources.files(source)]) for source in given]
+    inputs = [
+        (source, [place.absolute() if isinstance(place, Path) else place for place in sources.files(source)])
+        for source in given
+    ]
     before = [sources.version(path) for _, paths in inputs for path in paths]
     identity = _identity(settings, inputs)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -153,7 +156,7 @@ class _Build:
     """One run of the pipeline over a work folder."""
 
     settings: BuildSettings
-    inputs: list[tuple[Source, list[Path]]]
+    inputs: list[tuple[Source, list[Place]]]
     before: list[tuple[int, ...]]
     """The versions of the inputs' files before they were read."""
     identity: dict[str, Any]
@@ -397,7 +400,7 @@ class _Sample:
                     yield split
 
 
-def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Path]]]) -> dict[str, Any]:
+def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Place]]]) -> dict[str, Any]:
     """What shapes the result, without paths or times: equal for equal settings and sources on any machine."""
     read = []
     for source, paths in inputs:

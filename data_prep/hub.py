@@ -1,14 +1,23 @@
-"""A corpus of the Hugging Face hub, or a folder laid out like one, as a list of local files.
+"""A corpus of the Hugging Face hub, or a folder laid out like one: its split "train".
 
-`datasets` finds out which files make the split "train" of a name and configuration, and fetches those that
-are not local into its own cache; what is in them is read by the readers of plain files.
+`hf:` has `datasets` find out which files make the split and fetch those that are not local into its own
+cache; what is in them is read by the readers of plain files. `hf-stream:` never stores them: rows come over
+the network while they are cleaned, each task reading its own of the files.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from data_prep import streams, tables
 from earlybert.config import EarlyBertError
+
+_SPLIT = "train"
 
 
 def files(pattern: str, *, word: str) -> list[Path]:
@@ -18,24 +27,99 @@ def files(pattern: str, *, word: str) -> list[Path]:
     """
     import datasets
 
-    datasets.disable_progress_bars()
-    name, _, configuration = pattern.partition(",")
-    try:
-        builder = datasets.load_dataset_builder(name, configuration or None)
-        found = dict(builder.config.data_files or {})
-        if "train" not in found:
-            there = ", ".join(map(str, found)) or "none"
-            raise EarlyBertError(
-                f'source {word!r}: no split "train" (splits: {there}); give its files instead'
-            )
-        places = [str(place) for place in found["train"]]
+    def fetch() -> list[Path]:
+        places = _places(_builder(pattern), word)
         remote = [place for place in places if "://" in place]
         local = datasets.DownloadManager().download(remote) if remote else []
         fetched = dict(zip(remote, local, strict=True))
         return [Path(fetched.get(place, place)) for place in places]
+
+    return _told(fetch, word)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A corpus that is read where it lies."""
+
+    pattern: str
+    word: str
+    files: int
+    identity: str
+    """Hash of its files' names and of what the hub says of their versions."""
+
+    @classmethod
+    def open(cls, pattern: str, *, word: str) -> Stream:
+        """Look a corpus up; raises EarlyBertError as `files` does."""
+
+        def look() -> Stream:
+            builder = _builder(pattern)
+            places = _places(builder, word)
+            versions = [list(map(str, mark)) for mark in builder.config.data_files[_SPLIT].origin_metadata]
+            local = [streams.identity(Path(place)) for place in places if "://" not in place]
+            told = repr(([Path(place).name for place in places], versions, local))
+            return cls(pattern, word, len(places), hashlib.sha256(told.encode()).hexdigest())
+
+        return _told(look, word)
+
+    def documents(self, part: tuple[int, int], progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+        """(id, text) of the documents of a part (which, of how many); each is in one of them."""
+        which, parts = part
+        by_file = self.files >= parts
+        rows = self._rows(part if by_file else (0, 1), progress)
+        name = f"{self.pattern}:{which if by_file else 0}"
+        documents = tables.whole(rows, name)
+        return documents if by_file else itertools.islice(documents, which, None, parts)
+
+    def _rows(self, part: tuple[int, int], progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+        rows = _told(lambda: self._dataset(part), self.word)
+        for number in itertools.count():
+            row = _told(lambda: next(rows, None), self.word)
+            if row is None:
+                return
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise EarlyBertError(
+                    f'source {self.word!r}, row {number}: no column "text" of strings (columns: '
+                    f"{', '.join(sorted(row))}); give a corpus that has one"
+                )
+            progress(number + 1)
+            yield str(row.get("id", f"{self.pattern}:{part[0]}:{number}")), text
+
+    def _dataset(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
+        import datasets
+
+        name, _, configuration = self.pattern.partition(",")
+        dataset = datasets.load_dataset(name, configuration or None, split=_SPLIT, streaming=True)
+        if part[1] > 1:
+            dataset = dataset.shard(num_shards=part[1], index=part[0])
+        return iter(dataset)
+
+
+def _builder(pattern: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, _, configuration = pattern.partition(",")
+    return datasets.load_dataset_builder(name, configuration or None)
+
+
+def _places(builder: Any, word: str) -> list[str]:
+    found = dict(builder.config.data_files or {})
+    if _SPLIT not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise EarlyBertError(
+            f'source {word!r}: no split "{_SPLIT}" (splits: {there}); give its files instead'
+        )
+    return [str(place) for place in found[_SPLIT]]
+
+
+def _told(action: Callable[[], Any], word: str) -> Any:
+    """Do it; what goes wrong with the network, the hub or a name becomes a message of ours."""
+    try:
+        return action()
     except EarlyBertError:
         raise
-    except Exception as error:  # of the network, of the hub, of a wrong name: datasets has many kinds
+    except Exception as error:  # datasets has many kinds
         said = " ".join(str(error).split()) or type(error).__name__
         raise EarlyBertError(
             f"source {word!r}: {said}; check the name and its configuration, or download the files and give "

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,9 @@ from earlybert.config import EarlyBertError
 
 Part = tuple[int, int]
 """(which, of how many)"""
+
+Place = Path | hub.Stream
+"""What documents are read from."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,23 @@ class Source:
         """The source's name in shards and statistics: both forms of Wikipedia are "wikipedia"."""
         return _KINDS[self.kind].name
 
-    def documents(self, path: Path, *, progress: Progress) -> Iterator[Raw]:
+    def documents(self, place: Place, *, progress: Progress) -> Iterator[Raw]:
         """Stream the raw documents of one of the source's files, always in the same order."""
-        return _KINDS[self.kind].read(path, progress)
+        return self.part(place, (0, 1), progress=progress)
 
-    def can_split(self, path: Path) -> bool:
+    def can_split(self, place: Place) -> bool:
         """Whether `part` reads a part of this file without reading all of it."""
-        return self.kind == "wikipedia" and (_is_bzip2(path) or streams.is_plain(path))
+        if isinstance(place, hub.Stream):
+            return True
+        return self.kind == "wikipedia" and (_is_bzip2(place) or streams.is_plain(place))
 
-    def part(self, path: Path, part: Part, *, progress: Progress) -> Iterator[Raw]:
+    def part(self, place: Place, part: Part, *, progress: Progress) -> Iterator[Raw]:
         """Stream the documents of a part of a file that can be split (each is in one part), or the whole."""
-        return (
-            self.documents(path, progress=progress) if part[1] == 1 else _read_wikipedia(path, progress, part)
-        )
+        if isinstance(place, hub.Stream):
+            return (Raw(id=id, text=text) for id, text in place.documents(part, progress))
+        if part[1] > 1:
+            return _read_wikipedia(place, progress, part)
+        return _KINDS[self.kind].read(place, progress)
 
     def clean(self, raw: Raw) -> str:
         """Turn a raw document's text into plain prose; empty where nothing is left."""
@@ -84,13 +90,15 @@ def parse(word: str) -> Source:
     return Source(kind=kind, pattern=pattern)
 
 
-def files(source: Source) -> list[Path]:
+def files(source: Source) -> Sequence[Place]:
     """List a source's files in a fixed order.
 
     Raises EarlyBertError where nothing matches, a match is not readable, or all files are empty.
     """
     if source.kind == "python-docs":
         return [python_docs.standard_library()]
+    if source.kind == "hf-stream":
+        return [hub.Stream.open(source.pattern, word=source.word)]
     if source.kind == "books":
         found = books.files(Path(source.pattern), source.word)
     elif source.kind == "hf":
@@ -116,13 +124,17 @@ def files(source: Source) -> list[Path]:
     return found
 
 
-def size_of(path: Path) -> int:
-    """Bytes that a reader of this file will report as progress."""
+def size_of(path: Place) -> int:
+    """Bytes that a reader of this file will report as progress; 0 where that is not known."""
+    if isinstance(path, hub.Stream):
+        return 0
     return sum(p.stat().st_size for p in python_docs.modules(path)) if path.is_dir() else path.stat().st_size
 
 
-def version(path: Path) -> tuple[int, ...]:
+def version(path: Place) -> tuple[int, ...]:
     """What changes when a file is written to, on this machine; empty for one that is gone."""
+    if isinstance(path, hub.Stream):
+        return (0,)
     try:
         found = path.stat()
     except OSError:
@@ -130,17 +142,13 @@ def version(path: Path) -> tuple[int, ...]:
     return (found.st_size, found.st_mtime_ns, found.st_ino) if path.is_file() else (1,)
 
 
-def identity(path: Path) -> str:
+def identity(path: Place) -> str:
     """Hash what tells one version of a file from another: name, size, and the first and last MiB."""
+    if isinstance(path, hub.Stream):
+        return path.identity
     if path.is_dir():
         return f"python-{'.'.join(map(str, sys.version_info[:3]))}-{size_of(path)}"
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name}\0{size}\0".encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        digest.update(file.read())
-    return digest.hexdigest()
+    return streams.identity(path)
 
 
 _TEXT_DOCUMENT_CHARACTERS = 1 << 20
@@ -278,6 +286,7 @@ _KINDS = {
     "jsonl": _Kind("jsonl", _read_jsonl, lambda raw: clean.plain_text(raw.text), "jsonl:GLOB"),
     "parquet": _Kind("parquet", _read_parquet, lambda raw: clean.plain_text(raw.text), "parquet:GLOB"),
     "hf": _Kind("hub", _read_hub, lambda raw: clean.plain_text(raw.text), "hf:NAME[,CONFIG]"),
+    "hf-stream": _Kind("hub", _read_hub, lambda raw: clean.plain_text(raw.text), "hf-stream:NAME[,CONFIG]"),
     "books": _Kind("books", books.documents, lambda raw: clean.book(raw.text), "books:DIR-or-ARCHIVE"),
     "wikiextractor": _Kind(
         "wikipedia", _read_wikiextractor, lambda raw: clean.leftovers(raw.text), "wikiextractor:GLOB"

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_prep import sentences
 from data_prep.raw import Raw
-from data_prep.sources import Source
+from data_prep.sources import Place, Source
 from data_prep.tokens import Tokens
 from data_prep.wikipedia import STUB_WORDS
 from earlybert.config import write_atomically
@@ -38,7 +38,7 @@ EXAMPLES = 3
 """Ids of dropped documents that are kept for each reason."""
 
 
-def is_split_by_file(paths: list[Path], tasks: int) -> bool:
+def is_split_by_file(paths: Sequence[Place], tasks: int) -> bool:
     """A source of many files gives each task its own; one of few is read by every task, each keeps its
     documents."""
     return len(paths) >= tasks
@@ -49,7 +49,7 @@ class Read(PipelineStep):
 
     name, type = "sources", "1 - read"
 
-    def __init__(self, inputs: list[tuple[Source, list[Path]]], *, progress: Path) -> None:
+    def __init__(self, inputs: list[tuple[Source, list[Place]]], *, progress: Path) -> None:
         super().__init__()
         self.inputs = inputs
         self.progress = progress

@@ -29,7 +29,7 @@ MAGIC = b"PAR1"
 
 def documents(path: Path, *, progress: Callable[[int], None]) -> Iterator[Row]:
     """Stream a Parquet file's documents; raises EarlyBertError naming file and row group."""
-    return _whole(_rows(path, progress), path.name)
+    return whole(_rows(path, progress), path.name)
 
 
 def _rows(path: Path, progress: Callable[[int], None]) -> Iterator[Row]:
@@ -64,7 +64,7 @@ def _rows(path: Path, progress: Callable[[int], None]) -> Iterator[Row]:
             progress(size * (group + 1) // groups)
 
 
-def _whole(rows: Iterator[Row], name: str) -> Iterator[Row]:
+def whole(rows: Iterator[Row], name: str) -> Iterator[Row]:
     """The rows, or where they are sentences, documents of about `_DOCUMENT_CHARACTERS` of them in order."""
     first = list(islice(rows, _LOOKED_AT))
     texts = [text for _, text in first if text.strip()]

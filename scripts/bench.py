@@ -1,7 +1,7 @@
 """Measure on this machine; every figure beside its baseline, as a table and as JSON.
 
     python scripts/bench.py draw|save [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
-    python scripts/bench.py data DUMP EXTRACT [--json FILE]
+    python scripts/bench.py data DUMP EXTRACT... [--json FILE]
 
 draw: the pause of a draw with its parts, beside one checkpoint save of the same run, and the memory of a
 rank. save: how long a checkpoint keeps training waiting, in the background and not, beside DeepSpeed's own
@@ -44,7 +44,7 @@ def main() -> int:
         command.add_argument("--ranks", type=int, default=2)
     data = commands.add_parser("data", help="MB/s from dump to prose to shards, and tokens/s of the loader")
     data.add_argument("dump", type=Path, help="a pages-articles dump, .xml.bz2")
-    data.add_argument("extract", type=Path, help="a file of WikiExtractor's, for the text of the other parts")
+    data.add_argument("extract", type=Path, nargs="+", help="files of WikiExtractor's: the other parts' text")
     data.add_argument("--rounds", type=int, default=3, help="of each kind, in turn")
     data.add_argument("--copies", type=int, default=10, help="of the dump's pages, in one file")
     data.add_argument("--megabytes", type=int, default=30, help="of text to tokenize")

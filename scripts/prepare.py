@@ -9,6 +9,7 @@ SOURCE is one of
     jsonl:GLOB             an object with a field "text" a line
     parquet:GLOB           a column "text"; rows that are sentences are put together again
     hf:NAME[,CONFIG]       a corpus of the hub, or a folder laid out like one: its split "train"
+    hf-stream:NAME[,CONFIG]  the same without storing its files here
     books:DIR-or-ARCHIVE   whole books, a text or Markdown file each; tar or zip
     wikipedia:GLOB         pages-articles dumps, .xml or compressed
     wikiextractor:GLOB     WikiExtractor's <doc> files

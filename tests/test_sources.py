@@ -7,6 +7,7 @@ import json
 import lzma
 import tarfile
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -345,6 +346,35 @@ def test_a_folder_laid_out_like_a_hub_corpus_is_read_by_its_configuration(tmp_pa
         read(f"hf:{tmp_path},20231101.xx")
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_a_streamed_corpus_has_the_same_documents_each_in_one_part(parts: int, tmp_path: Path) -> None:
+    for part in range(3):
+        texts = ARTICLES[10 * part : 10 * part + 10]
+        ids = [f"{10 * part + i}" for i in range(10)]
+        write_table(tmp_path / "data" / f"train-0000{part}-of-00003.parquet", id=ids, text=texts)
+    stored = [(raw.id, raw.text) for raw in read(f"hf:{tmp_path}")]
+    source = sources.parse(f"hf-stream:{tmp_path}")
+    (place,) = sources.files(source)
+    assert source.can_split(place)
+    found = [
+        [(raw.id, raw.text) for raw in source.part(place, (r, parts), progress=lambda done: None)]
+        for r in range(parts)
+    ]
+    assert all(found) and sorted(chain.from_iterable(found)) == sorted(stored)
+    before = sources.identity(place)
+    write_table(tmp_path / "data" / "train-00002-of-00003.parquet", id=["1"], text=["Another."])
+    assert sources.identity(sources.files(source)[0]) != before
+
+
+def test_a_streamed_corpus_of_sentences_is_put_together_and_one_without_text_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "a" / "train.parquet", text=[f"sentence number {i} ." for i in range(50)])
+    (document,) = read(f"hf-stream:{tmp_path}/a")
+    assert document.text.split("\n")[7] == "sentence number 7 ."
+    write_table(tmp_path / "b" / "train.parquet", body=["x"])
+    with pytest.raises(EarlyBertError, match=r'hf-stream:.*, row 0: no column "text" .*\(columns: body\)'):
+        read(f"hf-stream:{tmp_path}/b")
+
+
 def test_a_folder_of_json_lines_is_read_as_a_hub_corpus(tmp_path: Path) -> None:
     rows = [{"id": i, "text": text} for i, text in enumerate(ARTICLES[:9])]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -355,5 +385,6 @@ def test_a_hub_that_cannot_be_reached_or_a_folder_without_data_is_said(tmp_path:
     with pytest.raises(EarlyBertError, match=r"source 'hf:.*check the name"):
         read(f"hf:{tmp_path}/nothing")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(EarlyBertError, match=r"source 'hf:nobody/nothing'.*give them as parquet:GLOB"):
-        read("hf:nobody/nothing")
+    for kind in ("hf", "hf-stream"):
+        with pytest.raises(EarlyBertError, match=rf"source '{kind}:nobody/nothing'.*as parquet:GLOB"):
+            read(f"{kind}:nobody/nothing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -84,7 +85,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-# --- in processes of their own -------------------------------------------------------------------------------
+# --- in processes of their own -----------------------------------------------------------------------------
 
 
 def _seconds(function: Callable[..., Any], shares: list[tuple[Any, ...]]) -> float:
@@ -118,7 +119,7 @@ def _pinned(core: int, ready: Any, go: Any, taken: Any, function: Callable[..., 
     taken.put(time.perf_counter() - began)
 
 
-# --- dump to prose -------------------------------------------------------------------------------------------
+# --- dump to prose -----------------------------------------------------------------------------------------
 
 
 def _prose(arguments: argparse.Namespace, folder: Path) -> Rates:
@@ -208,7 +209,7 @@ def _wikiextractor(dump: Path, folder: Path, place: Path | None, cores: int, opt
     return seconds
 
 
-# --- prose to shards -----------------------------------------------------------------------------------------
+# --- prose to shards ---------------------------------------------------------------------------------------
 
 
 def _text(arguments: argparse.Namespace, folder: Path) -> None:
@@ -217,10 +218,10 @@ def _text(arguments: argparse.Namespace, folder: Path) -> None:
 
     from data_prep import sentences, sources, steps, vocab
 
-    source = sources.parse(f"wikiextractor:{arguments.extract}")
+    source = sources.parse(f"wikiextractor:{arguments.extract[0]}")
     documents: list[Document] = []
     size = 0
-    for raw in source.documents(arguments.extract, progress=lambda done: None):
+    for raw in source.documents(arguments.extract[0], progress=lambda done: None):
         text = source.clean(raw)
         if not text:
             continue
@@ -288,7 +289,7 @@ def _their_ids(folder: Path, ranks: tuple[int, ...]) -> Callable[[], None]:
     return run
 
 
-# --- the loader ----------------------------------------------------------------------------------------------
+# --- the loader --------------------------------------------------------------------------------------------
 
 
 def _loader(arguments: argparse.Namespace, folder: Path) -> Rates:
@@ -359,7 +360,7 @@ def _their_batches(folder: Path, count: int) -> Callable[[], None]:
     return run
 
 
-# --- memory --------------------------------------------------------------------------------------------------
+# --- memory ------------------------------------------------------------------------------------------------
 
 _PEAK = (
     "import json, resource, subprocess, sys, time; began = time.monotonic(); "
@@ -370,13 +371,13 @@ _PEAK = (
 
 
 def _memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The most that a process of a preparation holds, of the extract's first tenth and of all of it."""
+    """The most that a process of a preparation holds, of the extracts' first tenth and of all of them."""
     from data_prep import streams
 
     whole, tenth = folder / "whole.txt", folder / "tenth.txt"
     size = 0
     with open(whole, "w") as file:
-        for line in streams.lines(arguments.extract):
+        for line in itertools.chain.from_iterable(map(streams.lines, arguments.extract)):
             size += file.write(line + "\n")
     written = 0
     with open(whole) as file, open(tenth, "w") as first:
