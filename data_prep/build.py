@@ -23,7 +23,7 @@ from typing import Any
 
 from data_prep import duplicates, sentences, sources, steps, vocab
 from data_prep.executors import TaskError, Where
-from data_prep.report import megabytes, progress_bar, report
+from data_prep.report import EXAMPLES, megabytes, progress_bar, report
 from data_prep.sources import Place, Source
 from earlybert.config import EarlyBertError, SettingsError, sync_folder
 from earlybert.shards import (
@@ -64,10 +64,14 @@ class BuildSettings:
     """Parts that the work is cut in, and so the number of shards."""
     where: Where = field(default_factory=Where)
     """Processes of this machine or of a cluster."""
-    cased: bool = False
-    """Keep upper case and accents."""
+    letters: vocab.Letters = field(default_factory=vocab.Letters)
+    """Whether upper case and accents are kept."""
+    reserved: int = 0
+    """At least so many pieces `[unused0]`, ... of a learnt vocabulary stand for nothing yet."""
     min_words: int = 15
     """Documents of fewer words are dropped."""
+    max_words: int | None = None
+    """Documents of more words are dropped; none where not given."""
     deduplicate: duplicates.Kind = "near"
     """Drop documents that are there twice: nearly, exactly, or keep them."""
     language: str = "en"
@@ -94,6 +98,10 @@ class BuildSettings:
             raise SettingsError(f"--deduplicate {self.deduplicate}: choose near, exact or none")
         if self.min_words < 0:
             raise SettingsError(f"--min-words {self.min_words}: at least 0")
+        if self.max_words is not None and self.max_words < max(1, self.min_words):
+            raise SettingsError(f"--max-words {self.max_words}: at least --min-words ({self.min_words})")
+        if not 0 <= self.reserved <= 65_536:
+            raise SettingsError(f"--reserved {self.reserved}: choose from 0 to 65536")
         sentences.check_language(self.language)
 
 
@@ -192,6 +200,7 @@ class _Build:
             steps.Clean(
                 given,
                 min_words=self.settings.min_words,
+                max_words=self.settings.max_words,
                 only_language=self.settings.language if self.settings.only_language else None,
                 examples=self.work / "examples",
             ),
@@ -230,7 +239,7 @@ class _Build:
             ("cluster", [duplicates.cluster(pairs, clusters, kind=kind)], 1),
         ):
             self._run(stage, pipeline, tasks=tasks, small=documents < _SMALL)
-        unique = duplicates.Unique(clusters, kind=kind)
+        unique = duplicates.Unique(clusters, kind=kind, examples=self.work / "examples")
         pipeline = [steps.Unstage(self._staged), unique, steps.Stage(self.work / "unique")]
         filtered = self._run("unique", pipeline, small=documents < _SMALL)
         for gone, stays in duplicates.examples(clusters, tasks=self.settings.tasks, count=_EXAMPLES):
@@ -267,17 +276,17 @@ class _Build:
             temporary = self.work / "tokenizer.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             if self.settings.tokenizer is not None:
-                vocab.take(Path(self.settings.tokenizer), temporary, cased=self.settings.cased)
+                vocab.take(Path(self.settings.tokenizer), temporary, self.settings.letters)
             else:
                 size = self.settings.vocab_size or 30522
                 characters = sum(n for label, n in cleaned.items() if label.endswith("|characters"))
                 share = min(1.0, _VOCABULARY_CHARACTERS / characters)
                 self.tell(f"learning {size:,} WordPieces from {megabytes(int(characters * share))} of text")
                 files = [steps.staged_file(self._ready, rank) for rank in range(self.settings.tasks)]
-                learnt = vocab.learn(
-                    _Sample(files, share, self.settings.seed), vocab_size=size, cased=self.settings.cased
-                )
-                vocab.save(learnt, temporary, cased=self.settings.cased)
+                sample = _Sample(files, share, self.settings.seed)
+                letters, reserved = self.settings.letters, self.settings.reserved
+                learnt = vocab.learn(sample, vocab_size=size, letters=letters, reserved=reserved)
+                vocab.save(learnt, temporary, letters)
             os.replace(temporary, target)
             self.tell(f"vocabulary ready in {time.monotonic() - started:.0f} s")
         return vocab.load(target).get_vocab_size()
@@ -335,11 +344,11 @@ class _Build:
         """Ids of a few documents of a source that were dropped, for each reason."""
         found: dict[str, list[str]] = {}
         prefix = f"{index}|dropped|"
-        for rank in range(self.settings.tasks):
-            for label, ids in json.loads((self.work / "examples" / f"{rank:05d}.json").read_text()).items():
+        for path in sorted((self.work / "examples").glob("*.json")):
+            for label, ids in json.loads(path.read_text()).items():
                 if label.startswith(prefix):
                     found.setdefault(label.removeprefix(prefix), []).extend(ids)
-        return {reason: ids[: steps.EXAMPLES] for reason, ids in sorted(found.items())}
+        return {reason: ids[:EXAMPLES] for reason, ids in sorted(found.items())}
 
     def _publish(self, statistics: list[dict[str, Any]], vocab_size: int) -> Manifest:
         """Move shards and tokenizer into place and write the manifest last; may be repeated after a crash."""
@@ -415,8 +424,11 @@ def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Place]]])
         "sources": read,
         "tokenizer": tokenizer,
         "vocab_size": None if tokenizer else settings.vocab_size or 30522,
-        "cased": settings.cased,
+        "cased": settings.letters.cased,
+        "accents": settings.letters.accents,
+        "reserved": None if tokenizer else settings.reserved,
         "min_words": settings.min_words,
+        "max_words": settings.max_words,
         "deduplicate": settings.deduplicate,
         "language": settings.language,
         "only_language": settings.only_language,

@@ -30,6 +30,8 @@ from datatrove.pipeline.dedup.minhash import (
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
+from data_prep.report import Examples
+
 Kind = Literal["near", "exact", "none"]
 _WORDS = re.compile(r"\w+")
 _PRIME = np.uint64((1 << 61) - 1)
@@ -83,21 +85,24 @@ class Unique(PipelineStep):
 
     name, type = "unique", "4 - filter"
 
-    def __init__(self, folder: Path, *, kind: Kind) -> None:
+    def __init__(self, folder: Path, *, kind: Kind, examples: Path) -> None:
         super().__init__()
-        self.folder, self.kind = folder, kind
+        self.folder, self.kind, self.examples = folder, kind, examples
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         gone = removed(self.folder, rank)
         reason = "near duplicate" if self.kind == "near" else "exact duplicate"
+        examples = Examples(self.examples / f"unique-{rank:05d}.json")
         for place, document in enumerate(data):
             index, text = document.metadata["source"], document.text
             if place in gone:
                 self.stat_update(f"{index}|dropped|{reason}")
+                examples.add(f"{index}|dropped|{reason}", document.id)
                 continue
             self.stat_update(f"{index}|words", value=len(text.split()))
             self.stat_update(f"{index}|characters", value=len(text))
             yield document
+        examples.write()
 
 
 def buckets(signatures: Path, pairs: Path, *, kind: Kind) -> MinhashDedupBuckets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,26 @@ from typing import Any
 
 import numpy as np
 
+from earlybert.config import write_atomically
 from earlybert.shards import Manifest
+
+EXAMPLES = 3
+"""Ids of dropped documents that are kept for each reason."""
+
+
+class Examples:
+    """The first few documents that a task drops for each reason, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: dict[str, list[str]] = {}
+
+    def add(self, label: str, id: str) -> None:
+        if len(held := self._held.setdefault(label, [])) < EXAMPLES:
+            held.append(id)
+
+    def write(self) -> None:
+        write_atomically(self._path, json.dumps(self._held))
 
 
 def report(manifest: Manifest) -> Iterator[str]:

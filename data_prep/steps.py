@@ -23,6 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_prep import sentences
 from data_prep.raw import Raw
+from data_prep.report import Examples
 from data_prep.sources import Place, Source
 from data_prep.tokens import Tokens
 from data_prep.wikipedia import STUB_WORDS
@@ -34,8 +35,6 @@ _STAGED_ROWS = 1000
 _STAGED_CHARACTERS = 1 << 21
 _SENTENCES_A_BATCH = 8192
 _PROGRESS_SECONDS = 0.25
-EXAMPLES = 3
-"""Ids of dropped documents that are kept for each reason."""
 
 
 def is_split_by_file(paths: Sequence[Place], tasks: int) -> bool:
@@ -78,22 +77,29 @@ class Read(PipelineStep):
 class Clean(PipelineStep):
     """Turn raw text into plain prose; drop what is empty, too short or in another language.
 
-    Of what is dropped for each reason a task keeps the first ids in `examples`/RANK.json.
+    Of what is dropped for each reason a task keeps the first ids in the folder `examples`.
     """
 
     name, type = "prose", "2 - clean"
 
     def __init__(
-        self, sources: list[Source], *, min_words: int, only_language: str | None, examples: Path
+        self,
+        sources: list[Source],
+        *,
+        min_words: int,
+        max_words: int | None,
+        only_language: str | None,
+        examples: Path,
     ) -> None:
         super().__init__()
         self.sources = sources
         self.min_words = min_words
+        self.max_words = max_words
         self.only_language = only_language
         self.examples = examples
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        examples: dict[str, list[str]] = {}
+        examples = Examples(self.examples / f"clean-{rank:05d}.json")
         for document in data:
             index = document.metadata["source"]
             raw = Raw(id=document.id, text=document.text, details=document.metadata.pop("details"))
@@ -107,19 +113,20 @@ class Clean(PipelineStep):
             if reason is not None:
                 label = f"{index}|dropped|{reason}"
                 self.stat_update(label)
-                if len(held := examples.setdefault(label, [])) < EXAMPLES:
-                    held.append(document.id)
+                examples.add(label, document.id)
                 continue
             self.stat_update(f"{index}|words", value=words)
             self.stat_update(f"{index}|characters", value=len(document.text))
             yield document
-        write_atomically(self.examples / f"{rank:05d}.json", json.dumps(examples))
+        examples.write()
 
     def _why_dropped(self, text: str, words: int, *, stub: bool) -> str | None:
         if not words:
             return "empty after cleaning"
         if words < self.min_words:
             return f"fewer than {self.min_words} words"
+        if self.max_words is not None and words > self.max_words:
+            return f"more than {self.max_words} words"
         if stub and words < STUB_WORDS:
             return f"a stub of fewer than {STUB_WORDS} words"
         if self.only_language is not None:

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +46,21 @@ def check_size(vocab_size: int) -> None:
         )
 
 
-def learn(batches: Iterable[list[str]], *, vocab_size: int, cased: bool) -> Tokenizer:
-    """Learn a WordPiece vocabulary of `vocab_size` and fill it to a multiple of 64 with `[unused0]`, ...
+@dataclass(frozen=True)
+class Letters:
+    """What the tokenizer makes of upper case and of accents."""
+
+    cased: bool = False
+    """Keep upper case."""
+    accents: bool | None = None
+    """Keep accents; where nothing is said, with upper case only."""
+
+
+def learn(
+    batches: Iterable[list[str]], *, vocab_size: int, letters: Letters = Letters(), reserved: int = 0
+) -> Tokenizer:
+    """Learn a WordPiece vocabulary of `vocab_size`; add at least `reserved` pieces `[unused0]`, ..., up to a
+    multiple of 64.
 
     `batches` are lists of sentences, read twice: give something that can be iterated again. Raises
     EarlyBertError where the text has too few distinct words for the size.
@@ -54,8 +68,8 @@ def learn(batches: Iterable[list[str]], *, vocab_size: int, cased: bool) -> Toke
     from tokenizers import trainers
 
     check_size(vocab_size)
-    blank = _tokenizer(dict.fromkeys(SPECIAL_TOKENS, 0), cased=cased)
-    alphabet = _alphabet(batches, cased=cased, at_most=max(_SMALLEST_ALPHABET, vocab_size // 16))
+    blank = _tokenizer(dict.fromkeys(SPECIAL_TOKENS, 0), letters)
+    alphabet = _alphabet(batches, letters, at_most=max(_SMALLEST_ALPHABET, vocab_size // 16))
     continuations = [f"##{character}" for character in alphabet]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -75,19 +89,20 @@ def learn(batches: Iterable[list[str]], *, vocab_size: int, cased: bool) -> Toke
             + (f"use --vocab-size {enough} or less, or add text" if enough >= _SMALLEST else "add text")
         )
     ordered = [piece for _, piece in pieces]
-    ordered += [f"[unused{i}]" for i in range(-len(ordered) % PADDED_TO)]
-    return _tokenizer({piece: i for i, piece in enumerate(ordered)}, cased=cased)
+    unused = reserved + -(len(ordered) + reserved) % PADDED_TO
+    ordered += [f"[unused{i}]" for i in range(unused)]
+    return _tokenizer({piece: i for i, piece in enumerate(ordered)}, letters)
 
 
-def save(tokenizer: Tokenizer, folder: Path, *, cased: bool) -> None:
+def save(tokenizer: Tokenizer, folder: Path, letters: Letters = Letters()) -> None:
     """Write a folder that `AutoTokenizer.from_pretrained` opens as a fast BERT tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
     config = {
         "tokenizer_class": "BertTokenizer",
-        "do_lower_case": not cased,
-        "strip_accents": None,
+        "do_lower_case": not letters.cased,
+        "strip_accents": None if letters.accents is None else not letters.accents,
         "tokenize_chinese_chars": True,
         "model_max_length": _UNTRAINED_LENGTH,
         "clean_up_tokenization_spaces": False,
@@ -112,11 +127,11 @@ def identity(given: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def take(given: Path, folder: Path, *, cased: bool) -> None:
+def take(given: Path, folder: Path, letters: Letters) -> None:
     """Copy an existing tokenizer: a Hugging Face folder, or one with (or a file that is) a vocab.txt."""
     path = _find(given)
     if path.name != "tokenizer.json":
-        save(_tokenizer(_read_vocabulary(path), cased=cased), folder, cased=cased)
+        save(_tokenizer(_read_vocabulary(path), letters), folder, letters)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
@@ -162,12 +177,12 @@ def load(folder: Path) -> Tokenizer:
         raise EarlyBertError(f"{path} is not a readable tokenizer ({error}); give another folder") from error
 
 
-def _tokenizer(vocabulary: dict[str, int], *, cased: bool) -> Tokenizer:
+def _tokenizer(vocabulary: dict[str, int], letters: Letters) -> Tokenizer:
     """Build BERT's tokenizer around a vocabulary, with its [CLS] ... [SEP] frame."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = _normalizer(cased=cased)
+    tokenizer.normalizer = _normalizer(letters)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -180,21 +195,24 @@ def _tokenizer(vocabulary: dict[str, int], *, cased: bool) -> Tokenizer:
     return tokenizer
 
 
-def _normalizer(*, cased: bool):  # type: ignore[no-untyped-def]  # the class is not exported with a type
+def _normalizer(letters: Letters):  # type: ignore[no-untyped-def]  # the class is not exported with a type
     from tokenizers import normalizers
 
     return normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=not cased
+        clean_text=True,
+        handle_chinese_chars=True,
+        strip_accents=None if letters.accents is None else not letters.accents,
+        lowercase=not letters.cased,
     )
 
 
-def _alphabet(batches: Iterable[list[str]], *, cased: bool, at_most: int) -> list[str]:
+def _alphabet(batches: Iterable[list[str]], letters: Letters, *, at_most: int) -> list[str]:
     """Count the characters of the normalised text; keep the most frequent, ties by code point, then sort."""
     raw = np.zeros(0x110000, dtype=np.int64)
     for text in _joined(batches):
         codes = np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
         raw += np.bincount(codes, minlength=len(raw))
-    normalizer = _normalizer(cased=cased)
+    normalizer = _normalizer(letters)
     counts: Counter[str] = Counter()
     for code in np.flatnonzero(raw).tolist():
         for character in normalizer.normalize_str(chr(code)):

@@ -64,8 +64,15 @@ def main() -> int:
         metavar="KEY=VALUE",
         help="an option for sbatch, such as partition=cpu or time=12:00:00",
     )
-    parser.add_argument("--cased", action="store_true", help="keep upper case and accents")
+    parser.add_argument("--cased", action="store_true", help="keep upper case, and accents with it")
+    parser.add_argument(
+        "--accents", choices=("keep", "strip"), help="of letters (kept with upper case, else stripped)"
+    )
+    parser.add_argument(
+        "--reserved", type=int, default=0, metavar="N", help="WordPieces [unused0], ... at least (0)"
+    )
     parser.add_argument("--min-words", type=int, default=15, metavar="N", help="drop shorter documents (15)")
+    parser.add_argument("--max-words", type=int, metavar="N", help="drop longer documents (none)")
     parser.add_argument(
         "--deduplicate",
         choices=("near", "exact", "none"),
@@ -84,6 +91,7 @@ def main() -> int:
 
     from data_prep.build import BuildSettings, build
     from data_prep.executors import Where
+    from data_prep.vocab import Letters
 
     started = time.monotonic()
     settings = BuildSettings(
@@ -97,8 +105,12 @@ def main() -> int:
             memory=arguments.memory,
             sbatch=dict(_pair(option) for option in arguments.sbatch),
         ),
-        cased=arguments.cased,
+        letters=Letters(
+            cased=arguments.cased, accents=None if arguments.accents is None else arguments.accents == "keep"
+        ),
+        reserved=arguments.reserved,
         min_words=arguments.min_words,
+        max_words=arguments.max_words,
         deduplicate=arguments.deduplicate,
         only_language=arguments.only_language,
         language=arguments.language,

@@ -56,6 +56,15 @@ def test_statistics_say_what_was_dropped_and_why(texts: Path, tmp_path: Path) ->
     assert "dropped 1: fewer than 15 words" in said and "kept 12 documents" in said
 
 
+def test_long_documents_go_where_that_is_asked_for(texts: Path, tmp_path: Path) -> None:
+    (texts / "97.txt").write_text(prose(97, sentences=40))
+    manifest = build(settings(texts, max_words=200, reserved=70), tmp_path / "out", tell=quiet)
+    row = manifest.statistics["sources"][0]
+    assert row["dropped"]["more than 200 words"] == 1 and manifest.documents == 12
+    assert row["examples"]["more than 200 words"] == ["97.txt"]
+    assert manifest.vocab_size == 320  # 192 and 70 reserved, to a multiple of 64
+
+
 def test_the_number_of_processes_does_not_change_a_byte(texts: Path, tmp_path: Path) -> None:
     build(settings(texts, workers=1), tmp_path / "one", tell=quiet)
     build(settings(texts, workers=3), tmp_path / "three", tell=quiet)
@@ -309,6 +318,8 @@ def test_the_vocabulary_sample_is_chosen_by_the_seed(
         ({"tasks": 0}, "--tasks 0"),
         ({"workers": 0}, "--workers 0"),
         ({"min_words": -1}, "--min-words -1"),
+        ({"max_words": 7}, "--max-words 7: at least --min-words"),
+        ({"reserved": -1}, "--reserved -1"),
         ({"vocab_size": 7}, "--vocab-size 7"),
         ({"language": "English"}, "--language 'English'"),
     ],

@@ -74,6 +74,7 @@ def test_near_duplicates_go_over_sources_and_tasks_and_the_rest_stays(tmp_path):
     assert sum(line.startswith("  a duplicate: ") for line in told) == 3, "examples are shown"
     statistics = json.loads((tmp_path / "out" / "manifest.json").read_text())["statistics"]["sources"]
     assert sum(row["dropped"].get("near duplicate", 0) for row in statistics) == 11
+    assert any(row["examples"].get("near duplicate") for row in statistics)
     kept = sum(len(text.split()) for text in articles) + sum(len(text.split()) for text in cousins)
     assert abs(sum(row["words"] for row in statistics) - kept) < 40, "what went is not counted"
 

@@ -1,13 +1,18 @@
 """Claims about `scripts/prepare.py` and `scripts/show.py` as a user runs them."""
 
+import contextlib
 import hashlib
 import json
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import ranks
+import texts
 from earlybert.shards import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,3 +128,31 @@ def test_a_real_dump_becomes_a_corpus(tmp_path: Path) -> None:
     assert (row["dropped"]["redirect"], row["dropped"]["other namespace"]) == (99, 1)
     assert manifest["documents"] >= 95 and manifest["tokens"] > 400_000
     assert manifest["sources"].keys() == {"wikipedia"}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_command_killed_at_any_moments_ends_with_the_same_bytes(seed: int, tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text("\n\n".join(texts.prose(100 * i + j) for j in range(150)))
+    words = [f"text:{tmp_path}/*.txt", "--vocab-size", "256", "--tasks", "3", "--workers", "2"]
+    script = str(ROOT / "scripts" / "prepare.py")
+
+    def start(out: str) -> ranks.Rank:
+        (process,) = ranks.launch(script, [*words, "--out", str(tmp_path / out)], ranks=1, logs=tmp_path)
+        return process
+
+    began = time.monotonic()
+    assert start("whole").wait(timeout=120) == 0
+    usual = time.monotonic() - began
+    chance = random.Random(seed)
+    kills = 0
+    for _ in range(6):
+        process = start("out")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=chance.uniform(0, usual))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 2
+    assert start("out").wait(timeout=120) == 0
+    assert texts.content(tmp_path / "out") == texts.content(tmp_path / "whole")

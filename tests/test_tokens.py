@@ -20,12 +20,21 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["cased", "uncased"])
+LETTERS = {
+    "uncased": vocab.Letters(),
+    "cased": vocab.Letters(cased=True),
+    "uncased with accents": vocab.Letters(accents=True),
+    "cased without accents": vocab.Letters(cased=True, accents=False),
+}
+
+
+@pytest.fixture(scope="module", params=list(LETTERS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    letters = LETTERS[request.param]
     path = tmp_path_factory.mktemp("tokenizer")
     text = [*SENTENCES * 3, ALPHABET, ALPHABET, *(prose(i) for i in range(20))]
-    learnt = vocab.learn([text], vocab_size=192, cased=request.param)
-    vocab.save(learnt, path, cased=request.param)
+    learnt = vocab.learn([text], vocab_size=192, letters=letters)
+    vocab.save(learnt, path, letters)
     return path
 
 
@@ -39,7 +48,7 @@ def found(encoder: Tokens, sentences: list[str]) -> list[list[int]]:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_ids_are_those_of_tokenizers_for_any_text(folder: Path, data: st.DataObject) -> None:
     anything = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=40)
     likely = st.text(st.sampled_from(ALPHABET), max_size=60)

@@ -27,7 +27,7 @@ def sentences(count: int = 400) -> list[list[str]]:
 
 
 def test_special_tokens_are_ids_0_to_4_and_the_size_is_a_multiple_of_64() -> None:
-    tokenizer = vocab.learn(sentences(), vocab_size=300, cased=False)
+    tokenizer = vocab.learn(sentences(), vocab_size=300)
     assert [tokenizer.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [
         0,
         1,
@@ -43,33 +43,66 @@ def test_a_new_process_learns_the_same_ids() -> None:
     """`tokenizers` seeds its hash maps anew in each process; the order of ids must not show it."""
     program = (
         "import sys; sys.path[:0] = sys.argv[1:]; import test_vocab as t; from data_prep import vocab; "
-        "print(vocab.learn(t.sentences(), vocab_size=320, cased=False).to_str())"
+        "print(vocab.learn(t.sentences(), vocab_size=320).to_str())"
     )
     here = Path(__file__).resolve().parent
     command = [sys.executable, "-c", program, str(here), str(here.parent)]
     other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert json.loads(other) == json.loads(vocab.learn(sentences(), vocab_size=320, cased=False).to_str())
+    assert json.loads(other) == json.loads(vocab.learn(sentences(), vocab_size=320).to_str())
 
 
 def test_the_order_of_the_text_does_not_matter() -> None:
-    one = vocab.learn(sentences(), vocab_size=320, cased=False)
-    other = vocab.learn(sentences()[::-1], vocab_size=320, cased=False)
+    one = vocab.learn(sentences(), vocab_size=320)
+    other = vocab.learn(sentences()[::-1], vocab_size=320)
     assert one.to_str() == other.to_str()
 
 
 def test_lower_case_is_the_default_and_cased_keeps_case_and_accents() -> None:
-    lower = vocab.learn(sentences(), vocab_size=320, cased=False)
-    cased = vocab.learn(sentences(), vocab_size=320, cased=True)
+    lower = vocab.learn(sentences(), vocab_size=320)
+    cased = vocab.learn(sentences(), vocab_size=320, letters=vocab.Letters(cased=True))
     assert "é" not in lower.get_vocab() and "B" not in lower.get_vocab()
     assert "é" in cased.get_vocab() and "B" in cased.get_vocab()
     assert lower.encode("Vékelo").tokens == lower.encode("vekelo").tokens
 
 
+def test_accents_and_case_are_chosen_apart() -> None:
+    kept = vocab.learn(sentences(), vocab_size=320, letters=vocab.Letters(accents=True))
+    assert "é" in kept.get_vocab() and "B" not in kept.get_vocab()
+    assert kept.encode("Vékelo").tokens == kept.encode("vékelo").tokens != kept.encode("vekelo").tokens
+    stripped = vocab.learn(sentences(), vocab_size=320, letters=vocab.Letters(cased=True, accents=False))
+    assert "é" not in stripped.get_vocab() and "B" in stripped.get_vocab()
+
+
+@pytest.mark.parametrize("reserved", [0, 1, 64, 100])
+def test_reserved_pieces_are_there_and_the_size_is_a_multiple_of_64(reserved: int) -> None:
+    known = vocab.learn(sentences(), vocab_size=320, reserved=reserved).get_vocab()
+    unused = [piece for piece in known if piece.startswith("[unused")]
+    assert reserved <= len(unused) < reserved + 64 and len(known) % 64 == 0
+    assert known["[unused0]" if unused else "[MASK]"] == (320 if unused else 4)
+
+
+@pytest.mark.parametrize(
+    "letters",
+    [vocab.Letters(), vocab.Letters(accents=True), vocab.Letters(cased=True, accents=False)],
+    ids=str,
+)
+def test_auto_tokenizer_opens_the_folder_with_the_same_letters(
+    letters: vocab.Letters, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = vocab.learn(sentences(), vocab_size=320, letters=letters)
+    vocab.save(tokenizer, tmp_path, letters)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Vékelo Babele, ÉÈ vekelo."
+    assert opened(text)["input_ids"] == tokenizer.encode(text).ids
+
+
 def test_auto_tokenizer_opens_the_folder_as_a_fast_bert_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = vocab.learn(sentences(), vocab_size=320, cased=False)
-    vocab.save(tokenizer, tmp_path, cased=False)
+    tokenizer = vocab.learn(sentences(), vocab_size=320)
+    vocab.save(tokenizer, tmp_path)
     opened = AutoTokenizer.from_pretrained(str(tmp_path))
     assert opened.is_fast and opened.vocab_size == 320
     assert (opened.pad_token_id, opened.unk_token_id, opened.mask_token_id) == (0, 1, 4)
@@ -84,7 +117,7 @@ def test_too_little_text_names_the_size_and_a_smaller_one() -> None:
     with pytest.raises(
         EarlyBertError, match=r"too little text for --vocab-size 8192: it gives only .* use --vocab-size"
     ):
-        vocab.learn(sentences(), vocab_size=8192, cased=False)
+        vocab.learn(sentences(), vocab_size=8192)
 
 
 @pytest.mark.parametrize("size", [0, -5, 100, 1 << 30])
@@ -95,8 +128,8 @@ def test_an_impossible_size_is_refused(size: int) -> None:
 
 def test_a_given_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     given, taken = tmp_path / "given", tmp_path / "taken"
-    vocab.save(vocab.learn(sentences(), vocab_size=320, cased=False), given, cased=False)
-    vocab.take(given, taken, cased=False)
+    vocab.save(vocab.learn(sentences(), vocab_size=320), given)
+    vocab.take(given, taken, vocab.Letters())
     assert {p.name for p in taken.iterdir()} == {p.name for p in given.iterdir()}
     assert (taken / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
     assert vocab.identity(given) == vocab.identity(taken)
@@ -115,7 +148,7 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_file(), reason="the shared BERT vocabulary is not on this machine")
 def test_berts_own_vocabulary_gives_berts_own_ids(tmp_path: Path) -> None:
-    vocab.take(SHARED, tmp_path, cased=False)
+    vocab.take(SHARED, tmp_path, vocab.Letters())
     tokenizer = vocab.load(tmp_path)
     assert tokenizer.get_vocab_size() == 30522
     assert tokenizer.encode("Hello world").ids == [101, 7592, 2088, 102]

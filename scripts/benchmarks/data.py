@@ -234,7 +234,7 @@ def _text(arguments: argparse.Namespace, folder: Path) -> None:
         for _ in steps.Stage(folder).run(iter(documents[rank::2]), rank):
             pass
     batches = [document.metadata["sentences"] for document in documents]
-    vocab.save(vocab.learn(batches, vocab_size=_VOCABULARY, cased=False), folder / "tokenizer", cased=False)
+    vocab.save(vocab.learn(batches, vocab_size=_VOCABULARY), folder / "tokenizer")
 
 
 def _tokens(arguments: argparse.Namespace, folder: Path) -> Rates:
