@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,15 +142,13 @@ def test_a_command_killed_at_any_moments_ends_with_the_same_bytes(seed: int, tmp
         (process,) = ranks.launch(script, [*words, "--out", str(tmp_path / out)], ranks=1, logs=tmp_path)
         return process
 
-    began = time.monotonic()
     assert start("whole").wait(timeout=120) == 0
-    usual = time.monotonic() - began
     chance = random.Random(seed)
     kills = 0
     for _ in range(6):
         process = start("out")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=chance.uniform(0, usual / 3))
+            process.wait(timeout=chance.uniform(0, 0.8))  # of about two
         kills += process.poll() is None
         process.kill()
         process.wait()
