@@ -129,7 +129,7 @@ def test_a_real_dump_becomes_a_corpus(tmp_path: Path) -> None:
     assert manifest["sources"].keys() == {"wikipedia"}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [1])
 def test_a_command_killed_at_any_moments_ends_with_the_same_bytes(seed: int, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
