@@ -1,12 +1,17 @@
 """Measure on this machine; every figure beside its baseline, as a table and as JSON.
 
     python scripts/bench.py draw|save [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
+    python scripts/bench.py train|ticket [--shape mini|base|large] [--length 128] [--batch 32] [--json FILE]
     python scripts/bench.py data DUMP EXTRACT... [--json FILE]
 
 draw: the pause of a draw with its parts, beside one checkpoint save of the same run, and the memory of a
 rank. save: how long a checkpoint keeps training waiting, in the background and not, beside DeepSpeed's own
 save (which makes nothing durable and hashes nothing). The model has the shape's true widths, random weights
 and tokens; batches are tiny, since neither depends on them.
+
+train: tokens/s of the whole training program, beside stock BERT under Hugging Face's Trainer (pip install
+accelerate), under its DeepSpeed integration, and in a plain DeepSpeed loop. ticket: a step of the search and
+of the shrunken model beside a dense one, and beside what the FLOPs promise.
 
 data: a Wikipedia dump to prose beside wikiextractor and mwparserfromhell (pip install both), prose to shards
 beside tokenizers' own encode_batch, the loader beside transformers' collator, and the memory of a
@@ -50,11 +55,25 @@ def main() -> int:
     data.add_argument("--megabytes", type=int, default=30, help="of text to tokenize")
     data.add_argument("--wikiextractor", type=Path, help="a folder with another version of wikiextractor")
     data.add_argument("--only", choices=("prose", "tokens", "loader", "memory"), action="append")
-    for command in (draw, save, data):
+    train = commands.add_parser("train", help="tokens/s beside Hugging Face's Trainer and plain DeepSpeed")
+    train.add_argument(
+        "--kind", action="append", help="ours, trainer, trainer-ranks, trainer-deepspeed, deepspeed"
+    )
+    ticket = commands.add_parser("ticket", help="what the search costs a step, and what the ticket saves")
+    for command in (train, ticket):
+        command.add_argument("--shape", choices=SHAPES, default="mini")
+        command.add_argument("--length", type=int, default=128, help="tokens a row")
+        command.add_argument(
+            "--batch", type=int, default=32, help="rows of an optimizer step, over all ranks"
+        )
+        command.add_argument("--steps", type=int, default=20, help="that are timed, a multiple of 5")
+        command.add_argument("--ranks", type=int, default=2)
+        command.add_argument("--rounds", type=int, default=3, help="of each program, in turn")
+    for command in (draw, save, data, train, ticket):
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.command == "data":
-        measured = importlib.import_module("benchmarks.data")
+    if arguments.command in ("data", "train", "ticket"):
+        measured = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = measured.measure(arguments)
         measured.tell(figures)
         _keep(figures, arguments.json)

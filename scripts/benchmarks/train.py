@@ -1,0 +1,427 @@
+"""Tokens a second of whole training programs, in turn: ours; stock BERT under Hugging Face's Trainer, alone,
+on all ranks and with its DeepSpeed integration; stock BERT in a plain DeepSpeed loop.
+
+Same shapes, rows, global batch and precision. The ceiling is the device's own matrix product in that
+precision, on all ranks at once; utilisation counts the multiplications that ours needs (the head on masked
+positions only), three times the forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_SCRIPTS = Path(__file__).resolve().parent.parent
+_WARM = 5
+"""Steps before the clock counts."""
+_REST = 5
+"""Steps after the clock has stopped."""
+_VOCABULARY = 30_592
+SHAPES = {
+    "mini": {"layers": 4, "hidden": 256, "heads": 4},
+    "base": {"layers": 12, "hidden": 768, "heads": 12},
+    "large": {"layers": 24, "hidden": 1024, "heads": 16},
+}
+KINDS = ("ours", "trainer", "trainer-ranks", "trainer-deepspeed", "deepspeed")
+Figures = dict[str, Any]
+
+
+def measure(arguments: argparse.Namespace) -> Figures:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        job = prepare(arguments, folder)
+        kinds = arguments.kind or [kind for kind in KINDS if kind == "ours" or _there("accelerate")]
+        ceiling = run_program("ceiling", job)
+        found: dict[str, list[Figures]] = {kind: [] for kind in kinds}
+        for _ in range(arguments.rounds):
+            for kind in kinds:
+                found[kind].append(run_program(kind, job))
+                print(
+                    f"{kind}: {found[kind][-1]['tokens_per_second']:,.0f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        needed = flops_per_token(arguments.shape, arguments.length)
+        rows = {}
+        for kind, runs in found.items():
+            rates = [run["tokens_per_second"] for run in runs]
+            rows[kind] = {
+                "tokens_per_second": statistics.median(rates), "all": rates,
+                "utilisation": statistics.median(rates) * needed / ceiling["flops"],
+                "peak_mb": max(run["peak_mb"] for run in runs),
+            }  # fmt: skip
+        return {**job, **about(), "folder": None, "ceiling_flops": ceiling["flops"], "kinds": rows}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> Figures:
+    """Write a corpus of random tokens; what the programs are told."""
+    _corpus(folder, length=arguments.length)
+    return {
+        "folder": str(folder), "shape": arguments.shape, "length": arguments.length,
+        "batch": arguments.batch, "steps": arguments.steps, "ranks": arguments.ranks,
+        "ticket": "enabled = false",
+    }  # fmt: skip
+
+
+def tell(figures: Figures) -> None:
+    print(
+        f"{figures['shape']}, {figures['length']} tokens, global batch {figures['batch']}, bf16, "
+        f"{figures['ranks']} ranks; {figures['machine']}; "
+        f"{', '.join(f'{k} {v}' for k, v in figures['versions'].items())}; a matrix product reaches "
+        f"{figures['ceiling_flops'] / 1e12:.2f} TFLOP/s\n"
+    )
+    print("| program | tokens/s (least to most) | of ours | utilisation | largest process MB |")
+    print("|---|---|---|---|---|")
+    ours = figures["kinds"].get("ours", {}).get("tokens_per_second")
+    for kind, row in figures["kinds"].items():
+        share = f"{row['tokens_per_second'] / ours:.2f}" if ours else ""
+        print(
+            f"| {kind} | {row['tokens_per_second']:,.0f} ({min(row['all']):,.0f} to {max(row['all']):,.0f}) "
+            f"| {share} | {row['utilisation']:.1%} | {row['peak_mb']:,.0f} |"
+        )
+
+
+def _there(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def about() -> Figures:
+    """The device and the versions."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
+    versions = {
+        p: metadata.version(p) for p in ("torch", "deepspeed", "transformers", "accelerate") if _there(p)
+    }
+    return {"machine": device, "versions": versions}
+
+
+def flops_per_token(shape: str, length: int, *, widths: list[list[int]] | None = None) -> float:
+    """Multiplications and additions of a training step; `widths`: heads and neurons of each layer."""
+    from earlybert.masking import predictions_a_row
+    from earlybert.model import EarlyBertConfig, encoder_flops_per_token
+
+    sizes = SHAPES[shape]
+    heads, neurons = widths or (None, None)
+    config = EarlyBertConfig(
+        vocab_size=_VOCABULARY, hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"], intermediate_size=4 * sizes["hidden"],
+        heads_per_layer=heads, neurons_per_layer=neurons,
+    )  # fmt: skip
+    guessed = predictions_a_row(length, probability=0.15) / length
+    head = 2 * sizes["hidden"] * (_VOCABULARY + sizes["hidden"]) * guessed
+    return 3 * (encoder_flops_per_token(config, sequence_length=length) + head)
+
+
+def last_step(job: Figures) -> int:
+    """Of our program: its last few steps are not timed, since it evaluates, saves and may draw there."""
+    return _WARM + job["steps"] + _REST
+
+
+def _corpus(folder: Path, *, length: int) -> None:
+    """Random tokens, enough for no row to come twice."""
+    import numpy as np
+
+    from data_prep import vocab
+    from earlybert.shards import Manifest, ShardWriter, shard_name, tokenizer_sha256, write_manifest
+
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    pieces = [*vocab.SPECIAL_TOKENS, *(f"w{i}" for i in range(_VOCABULARY - len(vocab.SPECIAL_TOKENS)))]
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+    vocab.take(folder / "vocab.txt", corpus / "tokenizer", vocab.Letters())
+    rng = np.random.default_rng(0)
+    with ShardWriter(corpus / shard_name(0, of=1), token_dtype="uint16") as writer:
+        for number in range(4000):
+            writer.add(rng.integers(5, _VOCABULARY, 4 * length), [0, length], "random", str(number))
+    info = writer.close()
+    write_manifest(
+        corpus,
+        Manifest(
+            tokenizer_sha256=tokenizer_sha256(corpus / "tokenizer"), vocab_size=_VOCABULARY,
+            token_dtype="uint16", documents=info.documents, sentences=info.sentences, tokens=info.tokens,
+            shards=(info,), fingerprint="0" * 64, settings={}, sources={}, statistics={},
+        ),
+    )  # fmt: skip
+
+
+# --- a program's processes ---------------------------------------------------------------------------------
+
+
+def run_program(kind: str, job: Figures) -> Figures:
+    """Start a program on its ranks; what its rank 0 has measured."""
+    from earlybert.lifecycle import free_port
+
+    out = Path(job["folder"]) / "figures.json"
+    out.unlink(missing_ok=True)
+    ranks = 1 if kind == "trainer" else job["ranks"]
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    shared = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": f"{_SCRIPTS}{os.pathsep}{_SCRIPTS.parent}",
+    }  # fmt: skip
+    if ranks > 1:
+        shared |= {
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.train", kind, json.dumps(job)]
+    with open(Path(job["folder"]) / "log.txt", "w+") as log:
+        processes = [
+            subprocess.Popen(
+                command, env={**shared, **({"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {})},
+                stdout=log, stderr=log,
+            )
+            for r in range(ranks)
+        ]  # fmt: skip
+        codes = [process.wait() for process in processes]
+        log.seek(0)
+        if any(codes) or not out.exists():
+            raise RuntimeError(f"{kind} ended with {codes}:\n{log.read()[-3000:]}")
+    return json.loads(out.read_text())
+
+
+class _Clock:
+    """Times of optimizer steps; the warm ones are not counted."""
+
+    def __init__(self, job: Figures) -> None:
+        self._job = job
+        self._times: list[float] = []
+
+    def step(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter())
+
+    def figures(self) -> Figures:
+        steps = len(self._times) - _WARM
+        seconds = self._times[-1] - self._times[_WARM - 1]
+        return {"tokens_per_second": steps * self._job["batch"] * self._job["length"] / seconds}
+
+
+def _write(job: Figures, figures: Figures) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        (Path(job["folder"]) / "figures.json").write_text(json.dumps({**figures, "peak_mb": _peak_mb()}))
+
+
+def _peak_mb() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def _ceiling(job: Figures) -> None:
+    """FLOP/s of a product of the feed-forward's shape, all ranks at once."""
+    import torch
+
+    from earlybert import dist
+    from earlybert.lifecycle import end_ranks, start_ranks
+
+    start_ranks()
+    width = SHAPES[job["shape"]]["hidden"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(job["batch"] * job["length"] // job["ranks"], width, dtype=torch.bfloat16, device=device)
+    w = torch.randn(width, 4 * width, dtype=torch.bfloat16, device=device)
+    rounds, rates = 20, []
+    for _ in range(6):
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            x @ w
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(rounds * 2 * x.numel() * 4 * width / (time.perf_counter() - began))
+    total = sum(dist.gather_objects(statistics.median(rates[1:])))
+    _write(job, {"flops": total})
+    end_ranks()
+
+
+_EXPERIMENT = """
+name = "bench"
+runs = "{runs}"
+deepspeed = "{json}"
+log_every = 5
+[model]
+layers = {layers}
+hidden = {hidden}
+heads = {heads}
+positions = {length}
+[data]
+corpus = "{corpus}"
+[[phases]]
+steps = {total}
+sequence_length = {length}
+batch = {batch}
+micro_batch = {share}
+learning_rate = 1e-4
+[ticket]
+{ticket}
+[evaluate]
+every = 100000
+samples = 1
+[checkpoint]
+every = 100000
+"""
+
+
+def _ours(job: Figures) -> None:
+    """The real command, with its logging."""
+    import runpy
+
+    sizes = SHAPES[job["shape"]]
+    folder = Path(job["folder"])
+    runs = folder / "runs"
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(runs, ignore_errors=True)
+        text = _EXPERIMENT.format(
+            runs=runs, json=_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json", corpus=folder / "corpus",
+            total=last_step(job), share=job["batch"] // job["ranks"], **sizes, **job,
+        )  # fmt: skip
+        (folder / "experiment.toml").write_text(text)
+    else:
+        while not (folder / "experiment.toml").exists():
+            time.sleep(0.05)
+    sys.argv = ["pretrain.py", str(folder / "experiment.toml")]
+    try:
+        runpy.run_path(str(_SCRIPTS / "pretrain.py"), run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    lines = map(json.loads, (runs / "bench" / "metrics.jsonl").read_text().splitlines())
+    rates = [
+        line["tokens_per_second"] for line in lines if line["step"] > _WARM and "tokens_per_second" in line
+    ]
+    _write(job, {"tokens_per_second": len(rates) / sum(1 / rate for rate in rates)})
+
+
+# --- stock BERT --------------------------------------------------------------------------------------------
+
+
+def _stock(job: Figures) -> tuple[Any, Any, Any]:
+    """(model, rows as a torch dataset, collator)."""
+    import numpy as np
+    import torch
+    import transformers
+
+    from earlybert.data import DataSettings, PackedSamples
+    from earlybert.shards import Corpus
+
+    sizes = SHAPES[job["shape"]]
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=_VOCABULARY, hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"], intermediate_size=4 * sizes["hidden"],
+        max_position_embeddings=job["length"],
+    )  # fmt: skip
+    corpus = Path(job["folder"]) / "corpus"
+    samples = PackedSamples(
+        Corpus.open(corpus), settings=DataSettings(corpus=str(corpus)), sequence_length=job["length"], seed=0
+    )
+    ids, epochs = samples.ids(np.arange(job["batch"] * (_WARM + job["steps"] + 2)))
+    rows = [{"input_ids": row} for row in samples.rows(ids, epochs=epochs)["input_ids"].tolist()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer)
+    return transformers.BertForMaskedLM(config), rows, collate
+
+
+def _zero2(job: Figures) -> Figures:
+    values = json.loads((_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json").read_text())
+    return {
+        **values,
+        "train_micro_batch_size_per_gpu": job["batch"] // job["ranks"],
+        "gradient_clipping": 1.0,
+    }
+
+
+def _trainer(job: Figures, *, ranks: int, deepspeed: bool) -> None:
+    import torch
+    import transformers
+
+    clock = _Clock(job)
+
+    class Told(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step()
+
+    settings = transformers.TrainingArguments(
+        output_dir=str(Path(job["folder"]) / "trainer"), max_steps=_WARM + job["steps"], bf16=True,
+        per_device_train_batch_size=job["batch"] // ranks, learning_rate=1e-4, report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=1,
+        optim="adamw_torch_fused", use_cpu=not torch.cuda.is_available(),
+        deepspeed=_zero2(job) if deepspeed else None,
+        ddp_backend=None if ranks == 1 else "nccl" if torch.cuda.is_available() else "gloo",
+    )  # fmt: skip
+    model, rows, collate = _stock(job)
+    transformers.Trainer(
+        model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Told()]
+    ).train()
+    _write(job, clock.figures())
+
+
+def _plain_deepspeed(job: Figures) -> None:
+    import deepspeed
+    import torch
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    model, rows, collate = _stock(job)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_zero2(job))
+    share, rank = job["batch"] // job["ranks"], int(os.environ["RANK"])
+    clock = _Clock(job)
+    for step in range(_WARM + job["steps"]):
+        first = step * job["batch"] + rank * share
+        batch = {k: v.to(engine.device) for k, v in collate(rows[first : first + share]).items()}
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        clock.step()
+    _write(job, clock.figures())
+
+
+_PROGRAMS: dict[str, Callable[[Figures], None]] = {
+    "ceiling": _ceiling,
+    "ours": _ours,
+    "trainer": lambda job: _trainer(job, ranks=1, deepspeed=False),
+    "trainer-ranks": lambda job: _trainer(job, ranks=job["ranks"], deepspeed=False),
+    "trainer-deepspeed": lambda job: _trainer(job, ranks=job["ranks"], deepspeed=True),
+    "deepspeed": _plain_deepspeed,
+}
+
+
+def _main(program: str, job: str) -> None:
+    import torch
+
+    _PROGRAMS[program](json.loads(job))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left to the interpreter's end, it may abort
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
