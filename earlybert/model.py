@@ -195,14 +195,26 @@ class _SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, inner)
         self.coefficients = _coefficients(config, heads)
 
-    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(contexts of the heads side by side, a factor for each of their columns)."""
         split = (*x_BTD.shape[:2], self.heads, self.head_size)
         q, k, v = (layer(x_BTD).view(split).transpose(1, 2) for layer in (self.query, self.key, self.value))
         dropout = self.attention_dropout if self.training else 0.0
         context_BTNH = attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2)
-        if self.coefficients is not None:
-            context_BTNH = context_BTNH * self.coefficients[:, None]
-        return context_BTNH.reshape(*split[:2], self.heads * self.head_size)
+        inner_BTI = context_BTNH.reshape(*split[:2], self.heads * self.head_size)
+        if self.coefficients is None:
+            return inner_BTI, None
+        return inner_BTI, self.coefficients[:, None].expand(-1, self.head_size).reshape(-1)
+
+
+class _Scaled(nn.Linear):
+    """A matrix whose inputs are scaled by coefficients, in its columns: it has fewer numbers than a batch."""
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        weight = self.weight if scale is None else self.weight * scale
+        return functional.linear(x, weight, self.bias)
 
 
 class _Residual(nn.Module):
@@ -210,12 +222,12 @@ class _Residual(nn.Module):
 
     def __init__(self, config: EarlyBertConfig, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
+        self.dense = _Scaled(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, inner: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(inner)) + x_BTD)
+    def forward(self, inner: torch.Tensor, x_BTD: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(inner, scale)) + x_BTD)
 
 
 class _Attention(nn.Module):
@@ -225,7 +237,8 @@ class _Attention(nn.Module):
         self.output = _Residual(config, heads * config.head_size)
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return self.output(self.self(x_BTD, mask), x_BTD)
+        inner_BTI, scale = self.self(x_BTD, mask)
+        return self.output(inner_BTI, x_BTD, scale)
 
 
 class _Intermediate(nn.Module):
@@ -235,9 +248,11 @@ class _Intermediate(nn.Module):
         self.activation = _ACTIVATIONS[config.hidden_act]
         self.coefficients = _coefficients(config, neurons)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(neurons, a factor for each)."""
         inner_BTF = self.activation(self.dense(x_BTD))
-        return inner_BTF if self.coefficients is None else inner_BTF * self.coefficients
+        # A copy: ZeRO-3 holds the parameter itself only while this module runs, forward and backward.
+        return inner_BTF, None if self.coefficients is None else self.coefficients.clone()
 
 
 class _Layer(nn.Module):
@@ -249,7 +264,8 @@ class _Layer(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         x_BTD = self.attention(x_BTD, mask)
-        return self.output(self.intermediate(x_BTD), x_BTD)
+        inner_BTF, scale = self.intermediate(x_BTD)
+        return self.output(inner_BTF, x_BTD, scale)
 
 
 class _Encoder(nn.Module):
