@@ -41,7 +41,7 @@ _REFERENCE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _INNER_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
-_INNER_TABLE = re.compile(r"^\{\|.*?^\|\}", re.DOTALL | re.MULTILINE)
+_INNER_TABLE = re.compile(r"^\{\|(?:(?!^\{\|).)*?^\|\}", re.DOTALL | re.MULTILINE)
 _TABLE_LINE = re.compile(r"^(?:\{\||\|\}|\|-|[|!]).*$", re.MULTILINE)
 _WIKILINK = re.compile(r"\[\[(?:[^\[\]|]*\|)*([^\[\]|]*)\]\]")
 _QUOTES = re.compile(r"'{2,}")
@@ -206,9 +206,14 @@ def markdown(text: str) -> str:
     return _ESCAPED.sub(r"\1", text)
 
 
+_DEEPEST = 20
+"""Pairs within pairs that are removed; what an extractor leaves behind is seldom nested at all."""
+
+
 def _without(pattern: re.Pattern[str], text: str) -> str:
     """Remove nested pairs from the inside out."""
-    count = 1
-    while count:
+    for _ in range(_DEEPEST):
         text, count = pattern.subn("", text)
+        if not count:
+            break
     return text

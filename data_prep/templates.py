@@ -52,12 +52,12 @@ def is_stub(names: set[str]) -> bool:
     return bool(names & _STUB) or any(name.endswith(("-stub", " stub")) for name in names)
 
 
-_NAMES = re.compile(r"\{\{\s*([^{}|\n<\[\]]{1,60}?)\s*(?=[|}\n])")
+_NAMES = re.compile(r"\{\{\s{0,4}([^{}|\n<\[\]]{1,60})(?=[|}\n])")
 
 
 def names(wikitext: str) -> set[str]:
     """Names of all templates of a page, in lower case."""
-    return {_NAME_SPACES.sub(" ", name).lower() for name in _NAMES.findall(wikitext)}
+    return {_NAME_SPACES.sub(" ", name).strip().lower() for name in _NAMES.findall(wikitext)}
 
 
 Values = list[str]

@@ -62,7 +62,7 @@ def _unliteral(match: re.Match[str]) -> str:
 _ARGUMENT = re.compile(r"\{\{\{[^{}|]*(?:\|([^{}]*))?\}\}\}")
 _URL = re.compile(r"(?:https?|ftp)://[^\s<>\[\]|\"]*[^\s<>\[\]|\".,;:!?)]")
 _EXTERNAL = re.compile(
-    r"\[(?:(?:[a-z]{3,6}:)?//[^\s\[\]]*|mailto:[^\s\[\]]*)[^\S\n]*([^\[\]\n]*)\]", re.IGNORECASE
+    r"\[(?:(?:[a-z]{3,6}:)?//[^\s\[\]]*+|mailto:[^\s\[\]]*+)[^\S\n]*+([^\[\]\n]*+)\]", re.IGNORECASE
 )
 _SWITCH = re.compile(r"__[^\W\d_]{3,}__")
 _BLOCK_TAG = re.compile(

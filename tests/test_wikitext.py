@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import wikitext
+from data_prep import clean, templates, wikitext
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,22 @@ def test_any_heap_of_marks_gives_prose_without_private_characters(source: str) -
         "[http://" * 50_000,
         "{{{" * 100_000,
         "x " * 500_000,
+        "{{" + " " * 100_000 + "{",
+        "[http://" + "a" * 200_000,
+        "[http://a" + " b" * 100_000,
+        "http://" + "." * 200_000,
+        "== " * 100_000,
+        "{{a|" + "b=" * 200_000,
+        "<span " * 100_000,
+        "{{{a|" * 50_000 + "}" * 150_000,
+        "''a'" * 100_000,
+        "\n|" * 200_000,
     ],
     ids=lambda source: source[:8].strip() or "blank",
 )
 def test_hostile_nesting_takes_linear_time(source: str) -> None:
     started = time.process_time()
     wikitext.plain(source)
+    templates.names(source)
+    clean.leftovers(source)
     assert time.process_time() - started < 10

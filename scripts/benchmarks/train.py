@@ -23,17 +23,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines import SHAPES
+
 _SCRIPTS = Path(__file__).resolve().parent.parent
 _WARM = 5
 """Steps before the clock counts."""
 _REST = 5
 """Steps after the clock has stopped."""
 _VOCABULARY = 30_592
-SHAPES = {
-    "mini": {"layers": 4, "hidden": 256, "heads": 4},
-    "base": {"layers": 12, "hidden": 768, "heads": 12},
-    "large": {"layers": 24, "hidden": 1024, "heads": 16},
-}
 KINDS = ("ours", "trainer", "trainer-ranks", "trainer-deepspeed", "deepspeed")
 Figures = dict[str, Any]
 
