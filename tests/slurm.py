@@ -35,6 +35,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 NodeName={host} CPUs=2 RealMemory=2000 State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 """

@@ -144,7 +144,8 @@ def test_a_slurm_job_is_preempted_goes_back_into_the_queue_and_ends_like_an_unbr
         wait(lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", job), log)
         assert "stopped after a checkpoint; back into the queue" in log.read_text()
         wait(lambda: "JobState=PENDING" in cluster.run("scontrol", "show", "job", job), log)
-        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # Put back, a job waits two minutes; within a second of its end it would be refused as revoked.
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
         wait(lambda: "JobState=COMPLETED" in cluster.run("scontrol", "show", "job", job), log)
     assert "start 2 of job" in log.read_text() and "2 ranks" in log.read_text()
     assert told(folder.metrics("job")) == told(folder.metrics("unbroken"))
