@@ -1,4 +1,5 @@
-"""The prose of real Wikipedia pages as people wrote it down, kept without a word of the pages themselves.
+"""The prose of real Wikipedia pages, drafted by the parser and corrected by hand from reading the pages; kept
+with next to none of their words.
 
 Prose is wikitext with its marks left out and now and then a word put in; `prose/pages.json` holds, for each
 page, how many characters of the wikitext to keep and to skip, and what to put in.
