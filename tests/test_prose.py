@@ -1,4 +1,4 @@
-"""Claims about the prose of real Wikipedia pages, beside drafts that were corrected by hand from reading them."""
+"""Claims about the prose of real Wikipedia pages, beside drafts corrected by hand from reading them."""
 
 import pytest
 
