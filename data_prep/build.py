@@ -8,8 +8,6 @@ processes does not change a byte.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep import duplicates, sentences, sources, steps, vocab
+from data_prep import duplicates, folders, sentences, sources, steps, vocab
 from data_prep.executors import TaskError, Where
 from data_prep.report import EXAMPLES, megabytes, progress_bar, report
 from data_prep.sources import Place, Source
@@ -44,8 +42,6 @@ _PREPARATION_VERSION = 3
 _VOCABULARY_CHARACTERS = 256_000_000
 """The vocabulary is learnt from at most about this much text, whole documents chosen by the seed."""
 
-_LOCK = ".preparing"
-_EXAMPLES = 3
 _SMALL = 10_000
 """Documents; for fewer, starting processes takes longer than looking for duplicates."""
 
@@ -133,15 +129,15 @@ def build(
             return manifest
         raise EarlyBertError(
             f"{folder} holds a corpus prepared with other settings "
-            f"({_differences(manifest.settings, identity)}); "
+            f"({folders.differences(manifest.settings, identity)}); "
             "choose another --out, or replace it with --overwrite"
         )
-    _refuse_foreign(folder)
+    folders.refuse_foreign(folder)
     existed = folder.exists()
     work = folder.absolute() / f".work-{fingerprint[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with folders.locked(folder):
             try:
                 return _Build(settings, inputs, before, identity, fingerprint, folder, work, tell).run()
             except TaskError:
@@ -242,7 +238,7 @@ class _Build:
         unique = duplicates.Unique(clusters, kind=kind, examples=self.work / "examples")
         pipeline = [steps.Unstage(self._staged), unique, steps.Stage(self.work / "unique")]
         filtered = self._run("unique", pipeline, small=documents < _SMALL)
-        for gone, stays in duplicates.examples(clusters, tasks=self.settings.tasks, count=_EXAMPLES):
+        for gone, stays in duplicates.examples(clusters, tasks=self.settings.tasks, count=EXAMPLES):
             self.tell(f"  a duplicate: {self._id(gone)} of {self._id(stays)}, which stays")
         dropped = sum(n for label, n in (cleaned | filtered).items() if "|dropped|" in label)
         if documents - dropped < 2:
@@ -435,49 +431,6 @@ def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Place]]])
         "seed": settings.seed,
         "tasks": settings.tasks,
     }
-
-
-def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
-    keys = [key for key in asked if there.get(key) != asked[key]]
-    plain = [
-        f"{key} {there.get(key)} there, {asked[key]} asked"
-        for key in keys
-        if key not in ("sources", "tokenizer")
-    ]
-    return "; ".join(
-        plain + [f"another {key.rstrip('s')}" for key in keys if key in ("sources", "tokenizer")]
-    )
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise EarlyBertError where `folder` holds anything that this program did not write."""
-    if folder.exists() and not folder.is_dir():
-        raise EarlyBertError(f"{folder} is a file; choose another --out")
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        ours = (
-            path.name in (MANIFEST, TOKENIZER, _LOCK)
-            or path.name.startswith(".work-")
-            or path.match("shard-*.arrow")
-        )
-        if not ours:
-            raise EarlyBertError(
-                f"{folder} holds {path.name!r}, which is no part of a corpus; choose another --out"
-            )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the lock goes with the process."""
-    path = folder / _LOCK
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EarlyBertError(f"{folder} is being prepared by another process; wait for it") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _dropped(counts: dict[str, int], index: int) -> dict[str, int]:

@@ -14,6 +14,9 @@ def words(text: str, *, separator: str = " ") -> frozenset[str]:
     return frozenset(text.split(separator))
 
 
+RAISED = str.maketrans("0123456789+-−–", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻")
+"""Digits and signs as exponents."""
+
 _NAME_SPACES = re.compile(r"[\s_]+")
 _LANGUAGE = re.compile(r"lang-[a-z-]{2,12}")
 _RANGE_WORDS = words("to - \u2013 and or by x \u00d7 to(-) and(-) +/- \u00b1")
@@ -126,12 +129,9 @@ def _circa(values: Values, named: Named) -> str:
     return "c. " + " \u2013 c. ".join(values[:2]) if values else "c."
 
 
-_RAISED = str.maketrans("0123456789+-\u2212", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
-
-
 def _value(values: Values, named: Named) -> str:
     number = values[0] if values else ""
-    power = "\u00d710" + named["e"].translate(_RAISED) if "e" in named else ""
+    power = "\u00d710" + named["e"].translate(RAISED) if "e" in named else ""
     return f"{number}{power} {named.get('u') or named.get('ul') or ''}".strip()
 
 

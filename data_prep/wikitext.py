@@ -72,12 +72,11 @@ _BLOCK_TAG = re.compile(
 
 
 _SCRIPT = re.compile(r"<(su[pb])>([0-9+\u2212\u2013-]{1,8})</\1>", re.IGNORECASE)
-_UPPER = str.maketrans("0123456789+-\u2212\u2013", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻")
 _LOWER = str.maketrans("0123456789+-\u2212\u2013", "₀₁₂₃₄₅₆₇₈₉₊₋₋₋")
 
 
 def _raised(match: re.Match[str]) -> str:
-    return match[2].translate(_UPPER if match[1].lower() == "sup" else _LOWER)
+    return match[2].translate(templates.RAISED if match[1].lower() == "sup" else _LOWER)
 
 
 _QUOTES = re.compile(r"''+")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep import build as room
-from data_prep import duplicates, executors, steps, vocab
+from data_prep import duplicates, executors, folders, steps, vocab
 from data_prep.build import BuildSettings, build
 from data_prep.report import report
 from earlybert.config import EarlyBertError
@@ -156,7 +156,7 @@ def test_a_folder_with_other_things_is_refused(texts: Path, tmp_path: Path) -> N
 def test_two_runs_at_once_are_refused(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with (
-        room._locked(tmp_path / "out"),
+        folders.locked(tmp_path / "out"),
         pytest.raises(EarlyBertError, match="being prepared by another process"),
     ):
         build(settings(texts), tmp_path / "out", tell=quiet)

@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from benchmarks import machine
 
 _PREPARE = Path(__file__).resolve().parent.parent / "prepare.py"
 _VOCABULARY, _LENGTH, _ROWS = 30_522, 128, 32
@@ -37,12 +37,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     folder = Path(tempfile.mkdtemp())
     try:
-        figures: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {_cpu()}"}
+        figures: dict[str, Any] = {"machine": machine.processor()}
         figures["versions"] = {
-            n: _version(n) for n in ("tokenizers", "wikiextractor", "mwparserfromhell", "transformers")
+            n: machine.version(n) for n in ("tokenizers", "wikiextractor", "mwparserfromhell", "transformers")
         }
         wanted = arguments.only or list(parts)
-        _text(arguments, folder)
+        if wanted != ["prose"]:
+            _text(arguments, folder)
         for name in wanted:
             figures[name] = parts[name](arguments, folder)
             print(f"measured: {name}", file=sys.stderr, flush=True)
@@ -52,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tell(figures: dict[str, Any]) -> None:
-    print(f"{figures['machine']}; {', '.join(f'{k} {v}' for k, v in figures['versions'].items() if v)}\n")
+    print(f"{figures['machine']}; {', '.join(f'{k} {v}' for k, v in figures['versions'].items())}\n")
     print("| what | MB/s (least to most) |\n|---|---|")
     for part in ("prose", "tokens"):
         for name, rates in figures.get(part, {}).items():
@@ -69,20 +70,6 @@ def tell(figures: dict[str, Any]) -> None:
 
 def _spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # --- in processes of their own -----------------------------------------------------------------------------
@@ -135,7 +122,11 @@ def _prose(arguments: argparse.Namespace, folder: Path) -> Rates:
             size / _seconds(_our_prose, [(dump, (0, 2)), (dump, (1, 2))])
         ),
     }
-    versions = [(f"wikiextractor {_version('wikiextractor')}", None)] if _version("wikiextractor") else []
+    versions = (
+        [(f"wikiextractor {machine.version('wikiextractor')}", None)]
+        if machine.version("wikiextractor")
+        else []
+    )
     if arguments.wikiextractor is not None:
         versions.append((f"wikiextractor in {arguments.wikiextractor.name}", arguments.wikiextractor))
     for name, place in versions:
@@ -143,7 +134,7 @@ def _prose(arguments: argparse.Namespace, folder: Path) -> Rates:
             how = f"{('one core', 'two cores')[cores - 1]}{'' if options else ', expanding templates'}"
             run = functools.partial(_wikiextractor, dump, folder, place, cores, options)
             kinds[f"dump to prose, {name}, {how}"] = functools.partial(_rate, size, run)
-    if _version("mwparserfromhell"):
+    if machine.version("mwparserfromhell"):
         one = len(content) / 1e6
         kinds["dump to prose, mwparserfromhell, one core"] = lambda: (
             one / _seconds(_their_prose, [(arguments.dump,)])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from typing import Any
+
+from benchmarks import machine
 
 SHAPES = {
     "mini": {"layers": 4, "hidden": 256, "heads": 4},
@@ -18,12 +18,9 @@ VOCABULARY, LENGTH = 30_592, 32
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
-    import torch
-
     return {
         "shape": arguments.shape, "stage": arguments.stage, "ranks": arguments.ranks,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "device": machine.device(), "versions": machine.versions("torch", "deepspeed"),
     }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.engines import SHAPES
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
@@ -39,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> Figures:
     folder = Path(tempfile.mkdtemp())
     try:
         job = prepare(arguments, folder)
-        kinds = arguments.kind or [kind for kind in KINDS if kind == "ours" or _there("accelerate")]
+        kinds = arguments.kind or [kind for kind in KINDS if kind == "ours" or machine.version("accelerate")]
         ceiling = run_program("ceiling", job)
         found: dict[str, list[Figures]] = {kind: [] for kind in kinds}
         for _ in range(arguments.rounds):
@@ -92,24 +91,10 @@ def tell(figures: Figures) -> None:
         )
 
 
-def _there(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def about() -> Figures:
     """The device and the versions."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
-    versions = {
-        p: metadata.version(p) for p in ("torch", "deepspeed", "transformers", "accelerate") if _there(p)
-    }
-    return {"machine": device, "versions": versions}
+    compared = machine.versions("torch", "deepspeed", "transformers", "accelerate")
+    return {"machine": machine.device(), "versions": compared}
 
 
 def flops_per_token(shape: str, length: int, *, widths: list[list[int]] | None = None) -> float:
