@@ -20,7 +20,8 @@ while [ $# -gt 0 ]; do
   esac
 done
 root=$(cd "$(dirname "$0")/.." && pwd)
-out=$(realpath -m "${out:-$root/quickstart/${corpus%%:*}}")
+kind=${corpus%%:*}
+out=$(realpath -m "${out:-$root/quickstart/${kind%-docs}}")
 case $corpus in  # a pattern is meant from where the command was given
   *:/*) ;;
   *:*) corpus="${corpus%%:*}:$PWD/${corpus#*:}" ;;
