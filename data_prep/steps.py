@@ -67,9 +67,8 @@ class Read(PipelineStep):
                     every = source.documents(path, progress=ticker.at)
                     mine = islice(every, (rank - place) % world_size, None, world_size)
                 for raw in mine:
-                    details = raw.details | {"dropped": raw.dropped}
                     self.stat_update(f"{index}|documents")
-                    yield Document(text=raw.text, id=raw.id, metadata={"source": index, "details": details})
+                    yield Document(text=raw.text, id=raw.id, metadata={"source": index, "raw": raw})
                 ticker.next()
         ticker.close()
 
@@ -102,9 +101,8 @@ class Clean(PipelineStep):
         examples = Examples(self.examples / f"clean-{rank:05d}.json")
         for document in data:
             index = document.metadata["source"]
-            raw = Raw(id=document.id, text=document.text, details=document.metadata.pop("details"))
-            reason = raw.details["dropped"]
-            words = 0
+            raw: Raw = document.metadata.pop("raw")
+            reason, words = raw.dropped, 0
             if reason is None:
                 with self.track_time():
                     document.text = self.sources[index].clean(raw)

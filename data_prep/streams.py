@@ -68,10 +68,9 @@ def chunks(
                     f"{path}: the {form} stream breaks after {offset} bytes of content ({error}); "
                     "the file is truncated or damaged, get it again"
                 ) from error
+            ended = not chunk
             if decoded is not None:
-                chunk, ended = decoded.next(chunk), not chunk
-            else:
-                ended = not chunk
+                chunk = decoded.next(chunk)
             offset += len(chunk)
             if progress is not None:
                 progress(file.tell())

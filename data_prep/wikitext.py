@@ -12,6 +12,7 @@ Unicode's private use, which stand for nothing in an article.
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 
@@ -149,8 +150,8 @@ def _without_extensions(text: str) -> str:
                     end = close + 3 if name == "!--" else text.find(">", close) + 1 or len(text)
                 content = text[at:close]
             at = end
-            if name in ("nowiki", "pre"):
-                shown = content.translate(_LITERAL) if name == "nowiki" else ""
+            if name == "nowiki":
+                shown = content.translate(_LITERAL)
             elif name in ("math", "ce", "chem"):
                 shown = formula(content).translate(_LITERAL)
         out.append(text[done:start])
@@ -180,11 +181,13 @@ def _verse(text: str) -> str:
 def _closing(text: str, name: str, at: int) -> int:
     if name == "!--":
         return text.find("-->", at)
-    found = text.find(f"</{name}", at)
-    if found < 0:
-        match = re.compile(f"</{name}", re.IGNORECASE).search(text, at)
-        found = match.start() if match else -1
-    return found
+    found = _closing_tag(name).search(text, at)
+    return -1 if found is None else found.start()
+
+
+@functools.cache
+def _closing_tag(name: str) -> re.Pattern[str]:
+    return re.compile(f"</{name}", re.IGNORECASE)
 
 
 def _end_of_line(text: str, at: int) -> int:

@@ -106,6 +106,7 @@ def test_any_heap_of_marks_gives_prose_without_private_characters(source: str) -
         "[http://" * 50_000,
         "{{{" * 100_000,
         "x " * 500_000,
+        "<REF>x</REF>" * 200_000,
         "{{" + " " * 100_000 + "{",
         "[http://" + "a" * 200_000,
         "[http://a" + " b" * 100_000,
