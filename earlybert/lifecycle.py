@@ -14,6 +14,7 @@ import socket
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
-from earlybert import mechanics
+from earlybert import mechanics, ops
 from earlybert.config import EarlyBertError, SettingsError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -36,6 +37,7 @@ def start_ranks() -> None:
     """Join the process group of the launcher (deepspeed, torchrun, srun), or make one of a single process.
     Collective."""
     _keep_freed_memory()
+    ops.guard_builds()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ.update(_ranks_of_slurm())
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -53,7 +55,10 @@ def start_ranks() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
     # Before any collective: NCCL takes the process' current device, which is the first one on every rank.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    _forget_shared_buffer()  # a killed run's, whose flags this run's ranks would believe
     deepspeed.init_distributed(verbose=False)
+    torch.distributed.barrier()
+    _forget_shared_buffer()  # every rank has it open now: without a name it goes with the last of them
 
 
 def _ranks_of_slurm() -> dict[str, str]:
@@ -81,6 +86,18 @@ def end_ranks() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _forget_shared_buffer() -> None:
+    """Remove the name of the buffer through which DeepSpeed's CPU collectives reach this rank.
+
+    DeepSpeed removes it at a clean end only: every killed rank would leave 66 MiB of memory behind, and a
+    later run on the same port would open them.
+    """
+    address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}")
+    with contextlib.suppress(OSError):
+        buffer.unlink()
 
 
 def _keep_freed_memory() -> None:

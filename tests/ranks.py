@@ -27,6 +27,7 @@ from typing import Any
 
 from earlybert.lifecycle import free_port
 
+_LAUNCHED: list[Rank] = []
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -46,6 +47,7 @@ class Rank:
         _start_server()
         self._process = _CONTEXT.Process(target=_rank, args=(target, list(arguments), environment, str(log)))
         self._process.start()
+        _LAUNCHED.append(self)
 
     @property
     def returncode(self) -> int | None:
@@ -66,6 +68,15 @@ class Rank:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def kill_the_rest() -> None:
+    """Kill what still runs of all that was launched: after a test that failed, nothing may wait for it."""
+    for rank in _LAUNCHED:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait(timeout=20)
+    _LAUNCHED.clear()
 
 
 def launch(

@@ -14,7 +14,7 @@ FLOORS = {
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
-        "baselines", "state_files", "guard",
+        "baselines", "state_files", "guard", "ops",
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly"},
     4: {"trainer"},
@@ -22,7 +22,7 @@ FLOORS = {
 }  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
-    "deepspeed": {"engine", "lifecycle", "checkpoint"},
+    "deepspeed": {"engine", "lifecycle", "checkpoint", "ops"},
     "tensorboard": {"monitor"},
     "matplotlib": {"report"},
 }

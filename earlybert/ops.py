@@ -1,0 +1,105 @@
+"""DeepSpeed's compiled ops: built by one process at a time, and after a build that was killed built again.
+
+The surprise: torch guards the build of an extension by a file that only the process that made it removes. A
+process killed while it compiles leaves the file behind, and from then on every start on that machine waits
+for it without a word and without end. Here the kernel guards a build, by a lock that dies with its holder,
+and a file found under that lock is known to be a dead process'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.utils import cpp_extension
+
+from earlybert.config import EarlyBertError
+
+_FOLDER = "TORCH_EXTENSIONS_DIR"
+_SAY_AFTER_SECONDS = 5.0
+
+
+def folder() -> Path:
+    """Where ops are built: in `TORCH_EXTENSIONS_DIR` or torch's own cache, in a folder of this package's.
+
+    Its name tells what a build depends on, the processor's instructions among it: hosts that share a home do
+    not run each other's code.
+    """
+    root = os.environ.get(_FOLDER) or cpp_extension.get_default_build_root()
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    versions = f"{python}-torch{torch.__version__}-deepspeed{deepspeed.__version__}"
+    return Path(root) / "earlybert" / f"{versions}-{platform.machine()}-{_instructions():08x}"
+
+
+def guard_builds() -> None:
+    """Let every op that DeepSpeed compiles in this process be compiled under the kernel's lock."""
+    if OpBuilder.jit_load is not _guarded:
+        OpBuilder.jit_load = _guarded
+
+
+_unguarded = OpBuilder.jit_load
+
+
+def _guarded(builder: Any, verbose: bool = True) -> Any:
+    home = folder()
+    try:
+        (home / builder.name).mkdir(parents=True, exist_ok=True)
+        with _alone(home / f"{builder.name}.lock", builder.name), _environment(_FOLDER, str(home)):
+            (home / builder.name / "lock").unlink(missing_ok=True)
+            return _unguarded(builder, verbose)
+    except OSError as error:
+        raise EarlyBertError(
+            f"{home}: DeepSpeed's op {builder.name!r} cannot be built there: {error.strerror or error}; "
+            f"set {_FOLDER} to a folder that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Hold the lock on a file; the kernel drops it however this process ends."""
+    with open(path, "a+", encoding="utf-8") as file:
+        began, said = time.monotonic(), False
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not said and time.monotonic() - began > _SAY_AFTER_SECONDS:
+                    said = True
+                    print(f"another process compiles {name} in {path.parent}: waiting", file=sys.stderr)
+                time.sleep(0.05)
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _instructions() -> int:
+    """A number that tells processors with other instructions apart; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    told = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return zlib.crc32(" ".join(sorted(told[0].split())).encode()) if told else 0
