@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
-from earlybert import mechanics, ops
+from earlybert import dist, mechanics, ops
 from earlybert.config import EarlyBertError, SettingsError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -57,7 +57,7 @@ def start_ranks() -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _forget_shared_buffer()  # a killed run's, whose flags this run's ranks would believe
     deepspeed.init_distributed(verbose=False)
-    torch.distributed.barrier()
+    dist.barrier()
     _forget_shared_buffer()  # every rank has it open now: without a name it goes with the last of them
 
 
@@ -94,7 +94,9 @@ def _forget_shared_buffer() -> None:
     DeepSpeed removes it at a clean end only: every killed rank would leave 66 MiB of memory behind, and a
     later run on the same port would open them.
     """
-    address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    # As DeepSpeed spells it where they are not set.
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    rank = os.environ["RANK"]
     buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}")
     with contextlib.suppress(OSError):
         buffer.unlink()
