@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from earlybert.config import EarlyBertError, SettingsError
     from earlybert.engine import EarlyBird, Engine, Progress, initialize
+    from earlybert.initial import seeded_model
     from earlybert.lifecycle import end_ranks
-    from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining, seeded_model
+    from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
     from earlybert.pretrained import load, save
     from earlybert.ticket import Ticket, TicketSettings
 
@@ -42,7 +43,8 @@ __all__ = [
 _ROOMS = {
     "config": ("EarlyBertError", "SettingsError"),
     "engine": ("EarlyBird", "Engine", "Progress", "initialize"),
-    "model": ("EarlyBertConfig", "EarlyBertForMaskedLM", "EarlyBertForPreTraining", "seeded_model"),
+    "initial": ("seeded_model",),
+    "model": ("EarlyBertConfig", "EarlyBertForMaskedLM", "EarlyBertForPreTraining"),
     "lifecycle": ("end_ranks",),
     "pretrained": ("load", "save"),
     "ticket": ("Ticket", "TicketSettings"),

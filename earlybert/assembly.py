@@ -15,9 +15,10 @@ from earlybert.config import EarlyBertError
 from earlybert.data import PackedSamples, check_vocabulary
 from earlybert.engine import Engine, ParameterGroups, initialize
 from earlybert.experiment import Experiment
+from earlybert.initial import seeded_model
 from earlybert.lifecycle import check_config, empty_module
 from earlybert.loader import Loader, prepare_workers
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 from earlybert.optim import Lamb
 from earlybert.progress import EarlyBird, Progress
 from earlybert.schedule import At

@@ -12,7 +12,6 @@ B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 IGNORED = -100
+_CACHED, _LARGEST = 2**18, 2**28
+"""Logits taken at a time in fp32: as many as a core's cache holds, and as many as a GPU's memory spares."""
 COEFFICIENTS = ("none", "train", "freeze")
 _ACTIVATIONS = {
     "gelu": functional.gelu,
@@ -52,6 +53,7 @@ class EarlyBertConfig(PretrainedConfig):
         neurons_per_layer: list[int] | None = None,
         coefficients: str = "none",
         next_sentence: bool = False,
+        pre_norm: bool = False,
         hidden_act: str = "gelu",
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.1,
@@ -89,6 +91,7 @@ class EarlyBertConfig(PretrainedConfig):
         )
         self.coefficients = coefficients
         self.next_sentence = next_sentence
+        self.pre_norm = pre_norm
         self.hidden_act = hidden_act
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
@@ -147,7 +150,7 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = _Dropout(config.hidden_dropout_prob)
 
     def forward(
         self, ids_BT: torch.Tensor, types_BT: torch.Tensor | None, positions_BT: torch.Tensor | None
@@ -158,6 +161,68 @@ class _Embeddings(nn.Module):
             types_BT = torch.zeros_like(positions_BT)
         x_BTD = self.word_embeddings(ids_BT) + self.token_type_embeddings(types_BT)
         return self.dropout(self.LayerNorm(x_BTD + self.position_embeddings(positions_BT)))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(sum of the losses, right guesses) of logits [R, V] in any precision and labels [R], computed in fp32.
+
+    A few rows at a time, so that what lies in between stays in a CPU's cache: the whole softmax in fp32 is
+    the largest tensor of a step, and on a CPU reading and writing it took a third of the time (LOG.md).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits_RV: torch.Tensor, labels_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.rows = max(1, (_CACHED if logits_RV.device.type == "cpu" else _LARGEST) // logits_RV.shape[1])
+        told_R, own_R1 = labels_R != IGNORED, labels_R.clamp(min=0)[:, None]
+        logs, chosen, right = [], [], told_R.new_zeros((), dtype=torch.long)
+        for scores_rV, own_r1, labels_r in zip(
+            logits_RV.split(ctx.rows), own_R1.split(ctx.rows), labels_R.split(ctx.rows), strict=True
+        ):
+            scores_rV = scores_rV.to(torch.float32, copy=True)
+            chosen.append(scores_rV.gather(1, own_r1))
+            best_r1, place_r1 = scores_rV.max(1, keepdim=True)  # in a seventh of argmax's time on a CPU
+            right += (place_r1.squeeze(1) == labels_r).sum()
+            logs.append(scores_rV.sub_(best_r1).exp_().sum(1, keepdim=True).log_().add_(best_r1))
+        log_R1 = torch.cat(logs) if logs else logits_RV.new_zeros((0, 1), dtype=torch.float32)
+        ctx.save_for_backward(logits_RV, told_R, own_R1, log_R1)
+        ctx.mark_non_differentiable(right)
+        lost_R1 = log_R1 - torch.cat(chosen) if chosen else log_R1
+        return lost_R1.squeeze(1).masked_fill(~told_R, 0).sum(), right
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        logits_RV, told_R, own_R1, log_R1 = ctx.saved_tensors
+        result_RV = torch.empty_like(logits_RV)
+        weight_R1 = (gradient * told_R)[:, None]
+        minus_R1 = torch.full_like(log_R1, -1)
+        for first in range(0, len(logits_RV), ctx.rows):
+            rows = slice(first, first + ctx.rows)
+            scores_rV = logits_RV[rows].to(torch.float32, copy=True).sub_(log_R1[rows]).exp_()
+            result_RV[rows] = scores_rV.scatter_add_(1, own_R1[rows], minus_R1[rows]).mul_(weight_R1[rows])
+        return result_RV, None
+
+
+def dropped(x: torch.Tensor, probability: float) -> torch.Tensor:
+    """Dropout in training. On a CPU from 16 random bits an element, which takes a quarter of the time of
+    torch's: `probability` is rounded to a multiple of 2**-16."""
+    if not probability or x.device.type != "cpu":
+        return functional.dropout(x, probability)
+    with torch.no_grad():
+        gone = round(probability * 2**16)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
+        factors = torch.empty(x.shape, dtype=x.dtype)
+        torch.ge(lanes, gone - 2**15, out=factors).mul_(2**16 / (2**16 - gone))
+    return x * factors
+
+
+class _Dropout(nn.Dropout):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropped(x, self.p) if self.training else x
 
 
 def attend(
@@ -181,7 +246,7 @@ def attend(
     if mask is not None:
         # Not -inf: a row of nothing but padding must stay finite.
         scores_BNTT = scores_BNTT.masked_fill(~mask, torch.finfo(scores_BNTT.dtype).min)
-    return functional.dropout(scores_BNTT.softmax(-1), dropout) @ v_BNTH
+    return dropped(scores_BNTT.softmax(-1), dropout) @ v_BNTH
 
 
 class _SelfAttention(nn.Module):
@@ -218,16 +283,25 @@ class _Scaled(nn.Linear):
 
 
 class _Residual(nn.Module):
-    """Matrix, dropout, residual, LayerNorm: the end of both halves of a layer."""
+    """Matrix, dropout, residual, LayerNorm: the end of both halves of a layer.
+
+    With `pre_norm` the LayerNorm is that of the half's beginning, and `begin` applies it.
+    """
 
     def __init__(self, config: EarlyBertConfig, width: int) -> None:
         super().__init__()
+        self.pre_norm = config.pre_norm
         self.dense = _Scaled(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = _Dropout(config.hidden_dropout_prob)
 
     def forward(self, inner: torch.Tensor, x_BTD: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(inner, scale)) + x_BTD)
+        x_BTD = self.dropout(self.dense(inner, scale)) + x_BTD
+        return x_BTD if self.pre_norm else self.LayerNorm(x_BTD)
+
+    def begin(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What the half's first matrices see of its input."""
+        return self.LayerNorm(x_BTD) if self.pre_norm else x_BTD
 
 
 class _Attention(nn.Module):
@@ -237,7 +311,7 @@ class _Attention(nn.Module):
         self.output = _Residual(config, heads * config.head_size)
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        inner_BTI, scale = self.self(x_BTD, mask)
+        inner_BTI, scale = self.self(self.output.begin(x_BTD), mask)
         return self.output(inner_BTI, x_BTD, scale)
 
 
@@ -264,7 +338,7 @@ class _Layer(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         x_BTD = self.attention(x_BTD, mask)
-        inner_BTF, scale = self.intermediate(x_BTD)
+        inner_BTF, scale = self.intermediate(self.output.begin(x_BTD))
         return self.output(inner_BTF, x_BTD, scale)
 
 
@@ -273,6 +347,8 @@ class _Encoder(nn.Module):
         super().__init__()
         shapes = zip(config.heads_per_layer, config.neurons_per_layer, strict=True)
         self.layer = nn.ModuleList(_Layer(config, heads, neurons) for heads, neurons in shapes)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else None
+        self.LayerNorm = norm
         self.gradient_checkpointing = False
 
     def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -281,7 +357,7 @@ class _Encoder(nn.Module):
                 x_BTD = checkpoint(layer, x_BTD, mask, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, mask)
-        return x_BTD
+        return x_BTD if self.LayerNorm is None else self.LayerNorm(x_BTD)
 
 
 class _Pooler(nn.Module):
@@ -416,14 +492,10 @@ class EarlyBertForPreTraining(PreTrainedModel):
         logits = self.cls.predictions(rows)
         output = EarlyBertOutput(prediction_logits=None if shape is None else logits.view(*shape, -1))
         if targets is not None:
-            counted = (targets != IGNORED).sum()
-            scores = logits.float()
-            total = functional.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
+            output.counted = (targets != IGNORED).sum()
+            total, output.correct = _CrossEntropy.apply(logits, targets)
             # A rank's share of a held-out set may hold no label at all: its loss is 0, not 0 / 0.
-            output.loss = total / counted.clamp(min=1)
-            # max gives the index too, and in a seventh of argmax's time on a CPU.
-            output.correct = (scores.detach().max(-1).indices == targets).sum()
-            output.counted = counted
+            output.loss = total / output.counted.clamp(min=1)
         if pooled_BD is not None and self.cls.seq_relationship is not None:
             output.seq_relationship_logits = self.cls.seq_relationship(pooled_BD)
             if next_sentence_label is not None:
@@ -483,46 +555,6 @@ class EarlyBertForMaskedLM(EarlyBertForPreTraining):
         )
 
 
-def seeded_model(config: EarlyBertConfig, *, seed: int) -> EarlyBertForPreTraining:
-    """A model whose initial weights are a pure function of (seed, parameter name, shape); fp32 on CPU."""
-    with torch.random.fork_rng(devices=[]):
-        model = EarlyBertForPreTraining(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, config, seed=seed))
-    return model
-
-
-def initial_value(name: str, config: EarlyBertConfig, *, seed: int) -> torch.Tensor:
-    """The initial value of one parameter of `seeded_model(config, seed=seed)`, without building the model.
-
-    So a ticket that rewinds regenerates the dense weights one parameter at a time. Raises KeyError for
-    an unknown name.
-    """
-    shape = _shape(name, config)
-    if name.endswith(("LayerNorm.weight", ".coefficients")):
-        return torch.ones(shape)
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    value = torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
-    if name.endswith("word_embeddings.weight") and config.pad_token_id is not None:
-        value[config.pad_token_id] = 0
-    return value
-
-
-def encoder_flops_per_token(config: EarlyBertConfig, *, sequence_length: int) -> float:
-    """Matrix work of one token's forward pass through the encoder, a multiply-add counted as 2."""
-    total = 0
-    for heads, neurons in zip(config.heads_per_layer, config.neurons_per_layer, strict=True):
-        inner = heads * config.head_size
-        total += 2 * 4 * config.hidden_size * inner  # query, key, value, output projection
-        total += 2 * 2 * sequence_length * inner  # scores and their product with the values
-        total += 2 * 2 * config.hidden_size * neurons
-    return float(total)
-
-
 def _coefficients(config: EarlyBertConfig, count: int) -> nn.Parameter | None:
     if config.coefficients == "none":
         return None
@@ -535,43 +567,6 @@ def _per_layer(widths: list[int] | None, dense: int, layers: int, what: str) -> 
     if len(widths) != layers or not all(0 < width <= dense for width in widths):
         raise ValueError(f"{what} = {list(widths)}: need {layers} numbers from 1 to {dense}")
     return list(widths)
-
-
-def _shape(name: str, config: EarlyBertConfig) -> tuple[int, ...]:
-    """Shape of a parameter by its name; KeyError for a name that the model does not have."""
-    width, vocabulary = config.hidden_size, config.vocab_size
-    rest = name.partition("bert.encoder.layer.")[2]
-    if not rest:
-        matrices = {
-            "bert.embeddings.word_embeddings": (vocabulary, width),
-            "bert.embeddings.position_embeddings": (config.max_position_embeddings, width),
-            "bert.embeddings.token_type_embeddings": (config.type_vocab_size, width),
-            "bert.embeddings.LayerNorm": (width,),
-            "bert.pooler.dense": (width, width),
-            "cls.predictions": (vocabulary,),
-            "cls.predictions.decoder": (vocabulary, width),
-            "cls.predictions.transform.dense": (width, width),
-            "cls.predictions.transform.LayerNorm": (width,),
-            "cls.seq_relationship": (2, width),
-        }
-        module, kind = name.rsplit(".", 1)
-    else:
-        index, _, tail = rest.partition(".")
-        widths = zip(config.heads_per_layer, config.neurons_per_layer, strict=True)
-        heads, neurons = {str(i): pair for i, pair in enumerate(widths)}[index]
-        inner = heads * config.head_size
-        matrices = {
-            **{f"attention.self.{which}": (inner, width) for which in ("query", "key", "value")},
-            "attention.output.dense": (width, inner),
-            "attention.output.LayerNorm": (width,),
-            "intermediate.dense": (neurons, width),
-            "output.dense": (width, neurons),
-            "output.LayerNorm": (width,),
-        }
-        module, kind = tail.rsplit(".", 1)
-        if kind == "coefficients":
-            return {"attention.self": (heads,), "intermediate": (neurons,)}[module]
-    return {"weight": matrices[module], "bias": matrices[module][:1]}[kind]
 
 
 if not __name__.startswith("transformers_modules."):  # an export's copy must not take the package's place

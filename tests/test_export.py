@@ -22,7 +22,8 @@ from earlybert import export as exporting
 from earlybert.adapters import bert_layers
 from earlybert.config import EarlyBertError
 from earlybert.export import MARK, Source, dense_weights, export
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.initial import seeded_model
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 from earlybert.shrink import cut, index_map
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -10,7 +10,7 @@ FLOORS = {
     0: {"config", "dist", "shards", "mechanics", "faults"},
     1: {
         "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "ticket",
-        "search", "penalty", "optim", "adapters", "targets", "rates", "watch",
+        "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial",
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
@@ -32,7 +32,8 @@ SAME_FLOOR = {
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
     ("data", "mixing"), ("mixing", "order"), ("loader", "data"), ("loader", "masking"),
-    ("masking", "order"), ("adapters", "model"), ("search", "ticket"), ("targets", "ticket"),
+    ("masking", "order"), ("adapters", "model"), ("initial", "model"), ("search", "ticket"),
+    ("targets", "ticket"),
     ("adapters", "targets"), ("baselines", "state"), ("cutting", "shrink"),
     ("cutting", "state"), ("state", "layouts"), ("state_files", "state"), ("state_files", "shrink"),
     ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("experiment", "guard"),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -12,16 +13,18 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
 )
 
+from earlybert import model as modelling
+from earlybert.initial import encoder_flops_per_token, initial_value, seeded_model
 from earlybert.model import (
     EarlyBertConfig,
     EarlyBertForMaskedLM,
     EarlyBertForPreTraining,
     attend,
-    encoder_flops_per_token,
-    initial_value,
-    seeded_model,
+    dropped,
 )
 
 SHAPE = {
@@ -436,3 +439,110 @@ def test_flops_count_the_matrices_that_are_there():
     first = 2 * (4 * 32 * 32 + 2 * 32 * 40 + 2 * 20 * 32)
     second = 2 * (4 * 32 * 8 + 2 * 32 * 10 + 2 * 20 * 8)
     assert encoder_flops_per_token(config, sequence_length=20) == first + second
+
+
+def as_pre_norm(names):
+    """Our names for those of stock RobertaPreLayerNorm, whose LayerNorms stand with what they feed."""
+    changes = (
+        ("roberta_prelayernorm.LayerNorm", "bert.encoder.LayerNorm"),
+        ("roberta_prelayernorm.", "bert."),
+        ("attention.LayerNorm", "attention.output.LayerNorm"),
+        ("intermediate.LayerNorm", "output.LayerNorm"),
+        ("lm_head.dense", "cls.predictions.transform.dense"),
+        ("lm_head.layer_norm", "cls.predictions.transform.LayerNorm"),
+        ("lm_head.", "cls.predictions."),
+    )
+    ours = {}
+    for name in names:
+        told = name
+        for old, new in changes:
+            told = told.replace(old, new)
+        ours[told] = name
+    return ours
+
+
+def test_pre_norm_equals_stock_pre_layer_norm_roberta_in_loss_and_gradients():
+    torch.manual_seed(3)
+    offset = 1  # RoBERTa counts positions from behind the padding's index
+    shape = {**SHAPE, "max_position_embeddings": SHAPE["max_position_embeddings"] + offset}
+    config = RobertaPreLayerNormConfig(
+        **shape, pad_token_id=0, type_vocab_size=2, attn_implementation="eager"
+    )
+    reference = RobertaPreLayerNormForMaskedLM(config).train()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    named = dict(reference.named_parameters())
+    model = EarlyBertForPreTraining(small(pre_norm=True)).train()
+    names = as_pre_norm(named)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = named[names[name]]
+            parameter.copy_(value[offset:] if "position_embeddings" in name else value)
+    batch = inputs(padding=True)
+    del batch["next_sentence_label"]
+    positions = torch.arange(TOKENS)[None].expand(ROWS, -1)
+    told = reference(**batch, position_ids=positions + offset)
+    output = model(**batch, position_ids=positions)
+    assert output.loss.item() == pytest.approx(told.loss.item(), abs=1e-5)
+    told.loss.backward()
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        expected = named[names[name]].grad
+        expected = expected[offset:] if "position_embeddings" in name else expected
+        assert torch.allclose(parameter.grad, expected, atol=1e-6), name
+
+
+def test_the_initial_values_of_a_pre_norm_model_can_be_had_one_by_one():
+    model = seeded_model(small(pre_norm=True), seed=4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, initial_value(name, small(pre_norm=True), seed=4)), name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_the_loss_in_pieces_equals_torchs_in_value_gradient_and_right_guesses(precision, rows, monkeypatch):
+    monkeypatch.setattr(modelling, "_CACHED", 5 * 71)  # five rows at a time
+    generator = torch.Generator().manual_seed(rows)
+    logits = (4 * torch.randn(rows, 71, generator=generator)).to(precision)
+    logits[:, 60:] = logits[:, :11]  # ties: the first of the best is the guess
+    labels = torch.randint(0, 71, (rows,), generator=generator)
+    labels[:10] = logits[:10].float().max(-1).indices
+    labels[::3] = -100
+    expected, told = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    reference = functional.cross_entropy(expected.float(), labels, ignore_index=-100, reduction="sum")
+    total, right = modelling._CrossEntropy.apply(told, labels)
+    assert total.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert right == (logits.float().max(-1).indices == labels).sum()
+    (512 * reference).backward()
+    (512 * total).backward()
+    assert told.grad.dtype == precision
+    assert torch.allclose(
+        told.grad.float(), expected.grad.float(), rtol=1e-2 if precision != torch.float32 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_drops_the_share_and_repeats_under_a_seed(precision):
+    x = torch.full((300, 701), 2.0, dtype=precision, requires_grad=True)  # no multiple of four
+    torch.manual_seed(7)
+    y = dropped(x, 0.1)
+    torch.manual_seed(7)
+    assert torch.equal(y, dropped(x, 0.1)) and not torch.equal(y, dropped(x, 0.1))
+    gone = (y == 0).float()
+    assert gone.mean().item() == pytest.approx(0.1, abs=5 * (0.09 / x.numel()) ** 0.5)
+    for axis in (0, 1):  # no row and no column has a share of its own
+        width = 701 if axis else 300
+        shares = gone.mean(axis)
+        assert shares.std().item() == pytest.approx((0.09 / (x.numel() / len(shares))) ** 0.5, rel=0.2), width
+    near = gone[:, 1:] * gone[:, :-1]
+    assert near.mean().item() == pytest.approx(0.01, abs=1e-3), "neighbours fall independently"
+    assert y.max().item() == pytest.approx(2 / 0.9, rel=1e-2)
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, gone.bool()) and x.grad.max().item() == pytest.approx(1 / 0.9, rel=1e-2)
+
+
+def test_dropout_is_torchs_elsewhere_and_nothing_at_zero():
+    x = torch.randn(4, 5)
+    assert dropped(x, 0.0) is x or torch.equal(dropped(x, 0.0), x)
+    assert dropped(torch.empty(4, 5, device="meta"), 0.5).device.type == "meta"

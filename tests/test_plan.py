@@ -10,7 +10,8 @@ import ranks
 import tiny
 from earlybert import experiment, plan
 from earlybert.config import SettingsError
-from earlybert.model import EarlyBertForPreTraining, encoder_flops_per_token
+from earlybert.initial import encoder_flops_per_token
+from earlybert.model import EarlyBertForPreTraining
 from memory import live_bytes
 
 ROOT = Path(__file__).parent.parent

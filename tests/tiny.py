@@ -9,7 +9,8 @@ import torch
 from earlybert import dist, mechanics
 from earlybert.adapters import bert_layers, enable_checkpointing
 from earlybert.engine import EarlyBird, Engine, initialize, parameter_groups
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, seeded_model
+from earlybert.initial import seeded_model
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 from earlybert.optim import Lamb
 from earlybert.shrink import Cut, index_map
 from earlybert.ticket import Kept, TicketSettings

@@ -99,8 +99,9 @@ def about() -> Figures:
 
 def flops_per_token(shape: str, length: int, *, widths: list[list[int]] | None = None) -> float:
     """Multiplications and additions of a training step; `widths`: heads and neurons of each layer."""
+    from earlybert.initial import encoder_flops_per_token
     from earlybert.masking import predictions_a_row
-    from earlybert.model import EarlyBertConfig, encoder_flops_per_token
+    from earlybert.model import EarlyBertConfig
 
     sizes = SHAPES[shape]
     heads, neurons = widths or (None, None)

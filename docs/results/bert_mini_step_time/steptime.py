@@ -13,8 +13,9 @@ import torch
 
 from earlybert import mechanics
 from earlybert.engine import EarlyBird, initialize
+from earlybert.initial import encoder_flops_per_token, seeded_model
 from earlybert.lifecycle import end_ranks, start_ranks
-from earlybert.model import EarlyBertConfig, encoder_flops_per_token, seeded_model
+from earlybert.model import EarlyBertConfig
 from earlybert.ticket import Ticket, TicketSettings
 
 ROWS, LENGTH, MASKED, WORDS = 16, 128, 20, 16384
