@@ -35,12 +35,19 @@ class ModelSettings:
     """Attention heads a layer, before a draw."""
     neurons: int | None = None
     """FFN intermediate neurons a layer; None means 4 * hidden."""
+    heads_per_layer: tuple[int, ...] | None = None
+    """Heads of each layer where they differ, at most `heads`: a ticket's shape trained from its start."""
+    neurons_per_layer: tuple[int, ...] | None = None
+    """Neurons of each layer where they differ, at most `neurons`."""
     positions: int = 512
     """Longest sequence the model can take."""
     dropout: float = 0.1
     """Of embeddings and of what attention and FFN add."""
     attention_dropout: float = 0.1
     """Of attention probabilities."""
+    pre_norm: bool = False
+    """LayerNorm at the beginning of attention and FFN, and behind the last layer, instead of at their ends:
+    so a model bears higher learning rates."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     checkpointing: bool = False
@@ -58,6 +65,12 @@ class ModelSettings:
             )
         if self.neurons is not None and self.neurons < 1:
             raise SettingsError(f"neurons = {self.neurons}: must be at least 1; leave it out for 4 * hidden")
+        for name, most in (("heads", self.heads), ("neurons", self.neurons or 4 * self.hidden)):
+            told = getattr(self, f"{name}_per_layer")
+            if told is not None and (len(told) != self.layers or not all(0 < n <= most for n in told)):
+                raise SettingsError(
+                    f"{name}_per_layer = {list(told)}: need {self.layers} numbers from 1 to {most}"
+                )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must lie in [0, 1)")
@@ -70,11 +83,14 @@ class ModelSettings:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             intermediate_size=self.neurons or 4 * self.hidden,
+            heads_per_layer=None if self.heads_per_layer is None else list(self.heads_per_layer),
+            neurons_per_layer=None if self.neurons_per_layer is None else list(self.neurons_per_layer),
             max_position_embeddings=self.positions,
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.attention_dropout,
             initializer_range=self.initializer_range,
             next_sentence=next_sentence,
+            pre_norm=self.pre_norm,
             coefficients=coefficients,
         )
 
@@ -197,8 +213,11 @@ class Experiment:
     @property
     def dense_widths(self) -> targets.Widths:
         """Heads and neurons of each layer before a draw."""
-        neurons = self.model.neurons or 4 * self.model.hidden
-        return targets.Widths((self.model.heads,) * self.model.layers, (neurons,) * self.model.layers)
+        model = self.model
+        return targets.Widths(
+            model.heads_per_layer or (model.heads,) * model.layers,
+            model.neurons_per_layer or (model.neurons or 4 * model.hidden,) * model.layers,
+        )
 
     @property
     def folder(self) -> Path:

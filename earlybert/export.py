@@ -153,12 +153,14 @@ def dense_weights(source: Source) -> dict[str, torch.Tensor]:
     """The weights in the dense model's shape: coefficients folded in, zeros where heads and neurons went."""
     config, layers = source.config, bert_layers(source.config.num_hidden_layers)
     weights = without_coefficients(layers, source.weights)
-    if source.heads is None or source.neurons is None:
-        return weights
+    heads, neurons = source.heads, source.neurons
+    if heads is None or neurons is None:  # layers that were small from the start are filled up
+        heads = tuple(tuple(range(width)) for width in config.heads_per_layer)
+        neurons = tuple(tuple(range(width)) for width in config.neurons_per_layer)
     cuts = index_map(
         layers,
-        present(source.heads),
-        present(source.neurons),
+        present(heads),
+        present(neurons),
         head_size=config.head_size,
         head_widths=[config.num_attention_heads] * len(layers),
         neuron_widths=[config.intermediate_size] * len(layers),
@@ -193,6 +195,11 @@ def _write_dense(source: Source, trained: EarlyBertForPreTraining, folder: Path)
         raise EarlyBertError(
             f"head_size {config.head_size} x {config.num_attention_heads} heads is not hidden_size "
             f"{config.hidden_size}: stock BERT cannot hold it; export the compact form"
+        )
+    if config.pre_norm:
+        raise EarlyBertError(
+            "the model was trained with model.pre_norm: stock BERT has its LayerNorms elsewhere; export the "
+            "compact form"
         )
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",

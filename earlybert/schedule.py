@@ -28,8 +28,11 @@ class PhaseSettings:
     """Peak learning rate."""
     warmup: float = 0.1
     """Share of the phase's steps over which the rate rises linearly from 0."""
-    decay: Literal["linear", "polynomial", "constant"] = "linear"
-    """Shape of the fall after the warm-up; "polynomial" is (1 - t) ** power."""
+    decay: Literal["linear", "polynomial", "constant", "stable"] = "linear"
+    """Shape of the fall after the warm-up; "polynomial" is (1 - t) ** power; "stable" keeps the peak, then
+    falls as 1 - sqrt(t) in the phase's last `decay_share`."""
+    decay_share: float = 0.2
+    """Share of the phase's steps in which a "stable" rate falls."""
     power: float = 0.5
     """Exponent of the polynomial decay (0.5 in the LAMB recipe of docs/method.md section 3)."""
     end_learning_rate: float = 0.0
@@ -56,6 +59,11 @@ class PhaseSettings:
             )
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup = {self.warmup}: a share of the phase's steps, in [0, 1)")
+        if self.decay == "stable" and not 0 < self.decay_share <= 1 - self.warmup:
+            raise SettingsError(
+                f"decay_share = {self.decay_share}: a share of the phase's steps, above 0 and, beside a "
+                f"warmup of {self.warmup}, at most {1 - self.warmup:g}"
+            )
 
     @property
     def micro_batches(self) -> int:
@@ -87,8 +95,12 @@ class PhaseSettings:
             return self.learning_rate * (step + 1) / rising
         if self.decay == "constant":
             return self.learning_rate
-        left = 1 - (step - rising) / max(1, self.steps - rising)
-        shape = left if self.decay == "linear" else left**self.power
+        if self.decay == "stable":
+            falling = max(1, round(self.decay_share * self.steps))
+            shape = 1 - max(0.0, 1 - (self.steps - step) / falling) ** 0.5
+        else:
+            left = 1 - (step - rising) / max(1, self.steps - rising)
+            shape = left if self.decay == "linear" else left**self.power
         return self.end_learning_rate + (self.learning_rate - self.end_learning_rate) * shape
 
 

@@ -97,9 +97,17 @@ def kept_widths(settings: TicketSettings, now: Widths) -> Widths:
     """Units that the ratios leave in each layer; under scope "global" spread evenly, which a draw may not
     do."""
     found = []
-    for widths, ratio, scope, minimum, multiple in (
-        (now.heads, settings.head_ratio, settings.head_scope, settings.minimum_heads, settings.head_multiple),
+    for told, widths, ratio, scope, minimum, multiple in (
         (
+            settings.heads_per_layer,
+            now.heads,
+            settings.head_ratio,
+            settings.head_scope,
+            settings.minimum_heads,
+            settings.head_multiple,
+        ),
+        (
+            settings.neurons_per_layer,
             now.neurons,
             settings.neuron_ratio,
             settings.neuron_scope,
@@ -107,6 +115,9 @@ def kept_widths(settings: TicketSettings, now: Widths) -> Widths:
             settings.neuron_multiple,
         ),
     ):
+        if told is not None:
+            found.append(tuple(told))
+            continue
         wanted = [width - round(ratio * width) for width in widths]
         if scope == "global":
             each, more = divmod(sum(widths) - round(ratio * sum(widths)), len(widths))

@@ -45,6 +45,10 @@ class TicketSettings:
     """Heads that stay, in place of `head_ratio`: in each layer, or in all layers with scope "global"."""
     neurons_kept: int | None = None
     """Neurons that stay, in place of `neuron_ratio`: in each layer, or in all layers with scope "global"."""
+    heads_per_layer: tuple[int, ...] | None = None
+    """Heads that stay in each layer, in place of ratio, count and budget: the shape of another ticket."""
+    neurons_per_layer: tuple[int, ...] | None = None
+    """Neurons that stay in each layer, in place of ratio, count and budget."""
     budget: float | None = None
     """FLOPs of the small model's step over the dense one's, in place of both ratios: the same share of heads
     and of neurons goes."""
@@ -136,6 +140,17 @@ class TicketSettings:
                 raise SettingsError(f"ticket.{name} = {value}: must be at least 1")
             if value is not None and self.budget is not None:
                 raise SettingsError(f"ticket.{name} and ticket.budget are both set; use one of them")
+        for name, other in (("heads_per_layer", "heads_kept"), ("neurons_per_layer", "neurons_kept")):
+            if getattr(self, name) is None:
+                continue
+            for rival in (other, "budget"):
+                if getattr(self, rival) is not None:
+                    raise SettingsError(f"ticket.{name} and ticket.{rival} are both set; use one of them")
+            if self.draws > 1 or self.kind == "layerdrop":
+                raise SettingsError(
+                    f"ticket.{name} is the shape of one draw of heads and neurons; use draws = 1 and another "
+                    'kind than "layerdrop"'
+                )
         if self.budget is not None and not 0 < self.budget <= 1:
             raise SettingsError(f"ticket.budget = {self.budget}: must lie in (0, 1]")
         if not 0 < self.layer_ratio <= 0.5:
@@ -191,6 +206,14 @@ class TicketSettings:
             ),
         )
         for family, widths, ratio, scope, minimum, multiple in families:
+            told = self.heads_per_layer if family == "head" else self.neurons_per_layer
+            if told is not None:
+                if len(told) != len(widths) or not all(0 < t <= w for t, w in zip(told, widths, strict=True)):
+                    raise SettingsError(
+                        f"ticket.{family}s_per_layer = {list(told)}: need {len(widths)} numbers from 1 to "
+                        f"{', '.join(map(str, widths))}"
+                    )
+                continue
             least = [least_width(width, minimum, multiple) for width in widths]
             if scope == "layer":
                 for layer, width in enumerate(widths):
@@ -283,17 +306,26 @@ class Ticket:
 
 
 def keep(
-    coefficients: Sequence[torch.Tensor], *, ratio: float, scope: str, minimum: int, multiple: int
+    coefficients: Sequence[torch.Tensor],
+    *,
+    ratio: float,
+    scope: str,
+    minimum: int,
+    multiple: int,
+    counts: Sequence[int] | None = None,
 ) -> Kept:
     """Choose the units of one family that stay: the largest |c|, an exact count, ties to the lower index.
 
     `coefficients`: one 1-D fp32 tensor a layer. With `multiple` 1 exactly `round(ratio * total)` units go (in
     each layer for scope "layer", over all layers for "global", as far as `minimum` allows); otherwise each
-    layer's width is rounded to a multiple, the total staying as near as the multiple allows.
+    layer's width is rounded to a multiple, the total staying as near as the multiple allows. `counts`: how
+    many each layer keeps, in place of all that.
     """
     widths = [c.numel() for c in coefficients]
     ranked = [c.detach().double().abs().sort(descending=True, stable=True) for c in coefficients]
-    if scope == "layer":
+    if counts is not None:
+        pass
+    elif scope == "layer":
         wanted = [width - round(ratio * width) for width in widths]
         counts = [
             _round_widths([want], [width], minimum=minimum, multiple=multiple)[0]
@@ -339,6 +371,7 @@ def masks(
             scope=settings.head_scope,
             minimum=settings.minimum_heads,
             multiple=settings.head_multiple,
+            counts=settings.heads_per_layer,
         ),
         keep(
             neurons,
@@ -346,6 +379,7 @@ def masks(
             scope=settings.neuron_scope,
             minimum=settings.minimum_neurons,
             multiple=settings.neuron_multiple,
+            counts=settings.neurons_per_layer,
         ),
     )
 

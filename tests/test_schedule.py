@@ -53,3 +53,20 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
     assert FIRST.accumulation(world_size=3) == 3 and FIRST.idle_share(world_size=3) == pytest.approx(1 / 9)
     with pytest.raises(SettingsError, match=r"gives 8 of them, too few for 9 ranks; use at most 8 ranks"):
         FIRST.accumulation(world_size=9)
+
+
+def test_a_stable_rate_keeps_its_peak_and_then_falls_to_its_end():
+    phase = PhaseSettings(
+        steps=100, sequence_length=128, batch=8, micro_batch=8, learning_rate=1.0, warmup=0.1,
+        decay="stable", decay_share=0.2, end_learning_rate=0.1,
+    )  # fmt: skip
+    rates = [phase.rate(step) for step in range(100)]
+    assert rates[10:81] == [1.0] * 71
+    assert all(a > b for a, b in itertools.pairwise(rates[80:]))
+    assert rates[85] == pytest.approx(0.1 + 0.9 * (1 - 0.25**0.5))
+    assert 0.1 < rates[-1] < 0.15
+    with pytest.raises(SettingsError, match=r"decay_share = 0.95: .* at most 0.9"):
+        PhaseSettings(
+            steps=100, sequence_length=128, batch=8, micro_batch=8, learning_rate=1.0, warmup=0.1,
+            decay="stable", decay_share=0.95,
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,3 +101,23 @@ def test_what_cannot_be_reached_is_named_at_the_start(settings, says):
 def test_contradictions_are_refused(changes, says):
     with pytest.raises(SettingsError, match=says):
         TicketSettings(**changes)
+
+
+def test_a_shape_of_each_layer_is_kept_exactly_whatever_the_ratios_say():
+    settings = TicketSettings(heads_per_layer=(3, 1), neurons_per_layer=(10, 40), draws=1)
+    dense = Widths((4, 4), (48, 48))
+    targets.check(settings, dense=dense, work=BASE)
+    assert targets.kept_widths(settings, dense) == Widths((3, 1), (10, 40))
+    scores = [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in (4, 4)]
+    kept = keep(scores, ratio=0.5, scope="layer", minimum=1, multiple=1, counts=settings.heads_per_layer)
+    assert [len(layer) for layer in kept] == [3, 1]
+    assert set(kept[1]) == {int(scores[1].argmax())}
+
+
+def test_a_shape_that_does_not_fit_or_has_a_rival_is_refused():
+    with pytest.raises(SettingsError, match=r"ticket.heads_per_layer = \[5, 1\]: need 2 numbers from 1 to 4"):
+        targets.check(TicketSettings(heads_per_layer=(5, 1)), dense=Widths((4, 4), (48, 48)), work=BASE)
+    with pytest.raises(SettingsError, match="neurons_per_layer and ticket.budget are both set"):
+        TicketSettings(neurons_per_layer=(5, 1), budget=0.5)
+    with pytest.raises(SettingsError, match="heads_per_layer is the shape of one draw"):
+        TicketSettings(heads_per_layer=(5, 1), draws=2)
