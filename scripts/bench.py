@@ -2,6 +2,7 @@
 
     python scripts/bench.py draw|save [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
     python scripts/bench.py train|ticket [--shape mini|base|large] [--length 128] [--batch 32] [--json FILE]
+    python scripts/bench.py saving EXPERIMENT [key=value ...] --out DIR [--minutes 120] [--json FILE]
     python scripts/bench.py data DUMP EXTRACT... [--json FILE]
 
 draw: the pause of a draw with its parts, beside one checkpoint save of the same run, and the memory of a
@@ -12,6 +13,10 @@ and tokens; batches are tiny, since neither depends on them.
 train: tokens/s of the whole training program, beside stock BERT under Hugging Face's Trainer (pip install
 accelerate), under its DeepSpeed integration, and in a plain DeepSpeed loop. ticket: a step of the search and
 of the shrunken model beside a dense one, and beside what the FLOPs promise.
+
+saving: how soon the ticket, a random ticket, the ticket's shape from scratch and LayerDrop reach the dense
+run's final held-out loss: whole runs, each arm with its own best learning rate and several seeds, in slices
+of --minutes (the same command goes on).
 
 data: a Wikipedia dump to prose beside wikiextractor and mwparserfromhell (pip install both), prose to shards
 beside tokenizers' own encode_batch, the loader beside transformers' collator, and the memory of a
@@ -69,16 +74,37 @@ def main() -> int:
         command.add_argument("--steps", type=int, default=20, help="that are timed, a multiple of 5")
         command.add_argument("--ranks", type=int, default=2)
         command.add_argument("--rounds", type=int, default=3, help="of each program, in turn")
-    for command in (draw, save, data, train, ticket):
+    saving = commands.add_parser("saving", help="time to the dense run's final held-out loss")
+    saving.add_argument("experiment", type=Path, help="an experiment file with a ticket")
+    saving.add_argument("override", nargs="*", metavar="key=value", help="settings to change, in all arms")
+    saving.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; what is done there is kept"
+    )
+    saving.add_argument("--minutes", type=float, default=120, help="then stop; the same command goes on")
+    saving.add_argument(
+        "--rates", type=_numbers, default="5e-4,1e-3,2e-3", help="learning rates, for the seed 1"
+    )
+    saving.add_argument("--seeds", type=int, default=3)
+    saving.add_argument(
+        "--share", type=float, default=1.0, help="steps of the other arms over those of the dense one"
+    )
+    saving.add_argument("--arm", action="append", help="dense, ticket, random, scratch, layerdrop")
+    saving.add_argument("--ranks", type=int, default=2)
+    saving.add_argument("--plot", type=Path, help="draw the loss over time here, once all is done")
+    for command in (draw, save, data, train, ticket, saving):
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.command in ("data", "train", "ticket"):
+    if arguments.command in ("data", "train", "ticket", "saving"):
         measured = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = measured.measure(arguments)
-        measured.tell(figures)
+        measured.tell(figures, *([arguments.plot] if arguments.command == "saving" else []))
         _keep(figures, arguments.json)
         return 0
     return _rank(arguments) if "RANK" in os.environ else _start(arguments)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
 
 
 def _keep(figures: dict[str, Any], path: Path | None) -> None:

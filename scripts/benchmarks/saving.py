@@ -1,0 +1,294 @@
+"""The paper's claim, measured: how soon do ticket and baselines reach the dense run's final held-out loss?
+
+Whole runs of the real command, one folder each, in slices: what is done is not done again, and a run that
+the time limit stops goes on from its checkpoint in the next slice. First every arm tries each learning rate
+with the first seed, then its best one goes on with the other seeds.
+
+- dense: no ticket;  ticket: the experiment as it stands
+- random: the ticket's shape, any units, drawn at the ticket's step
+- scratch: the ticket's shape from the first step on
+- layerdrop: whole layers, as many as come nearest to the ticket's FLOPs
+
+Time is that of training: steps (which wait for the loader), looks and draws; evaluations and checkpoints, the
+same for all, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+_PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
+ARMS = ("dense", "ticket", "random", "scratch", "layerdrop")
+_STOPPED = 143
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the comparison."""
+
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.rate:g}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out loss over training time."""
+
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def final(self) -> float:
+        return self.losses[-1]
+
+    def reaches(self, loss: float) -> float | None:
+        """Seconds until the held-out loss is first at most `loss`, on a straight line between two
+        evaluations; None where it never is."""
+        for place, here in enumerate(self.losses):
+            if here <= loss:
+                if place == 0:
+                    return self.seconds[0]
+                share = (self.losses[place - 1] - loss) / (self.losses[place - 1] - here)
+                return self.seconds[place - 1] + share * (self.seconds[place] - self.seconds[place - 1])
+        return None
+
+    def at(self, seconds: float) -> float:
+        """Held-out loss after so much training time (the last one, for a run that is shorter)."""
+        before = [loss for when, loss in zip(self.seconds, self.losses, strict=True) if when <= seconds]
+        return before[-1]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    arguments.arm = [arm for arm in ARMS if arguments.arm is None or arm in arguments.arm]
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = range(1, arguments.seeds + 1)
+    grid = [Run(arm, rate, 1) for arm in arguments.arm for rate in arguments.rates]
+    for run in grid:
+        if not _finish(run, arguments, deadline=deadline):
+            return figures(arguments)
+    for run in [replace(best(arm, arguments), seed=seed) for seed in seeds[1:] for arm in arguments.arm]:
+        if not _finish(run, arguments, deadline=deadline):
+            break
+    return figures(arguments)
+
+
+def best(arm: str, arguments: argparse.Namespace) -> Run:
+    """The arm's run of seed 1 whose final held-out loss is least."""
+    done = [run for rate in arguments.rates if _done(run := Run(arm, rate, 1), arguments.out)]
+    return min(done, key=lambda run: curve(arguments.out / run.name).final)
+
+
+def figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is known so far; JSON types."""
+    out: Path = arguments.out
+    told: dict[str, Any] = {
+        "experiment": str(arguments.experiment), "overrides": arguments.override, "machine": machine.device(),
+        "versions": machine.versions("torch", "deepspeed", "transformers"), "ranks": arguments.ranks,
+        "grid": {}, "arms": {}, "curves": {},
+    }  # fmt: skip
+    for arm in arguments.arm:
+        done = [run for rate in arguments.rates if _done(run := Run(arm, rate, 1), out)]
+        told["grid"][arm] = {f"{run.rate:g}": curve(out / run.name).final for run in done}
+    if any(len(told["grid"][arm]) < len(arguments.rates) for arm in arguments.arm):
+        return told
+    winners = {
+        arm: [
+            curve(out / run.name)
+            for seed in range(1, arguments.seeds + 1)
+            if _done(run := replace(best(arm, arguments), seed=seed), out)
+        ]
+        for arm in arguments.arm
+    }
+    for arm, curves in winners.items():
+        told["curves"][arm] = [
+            {"steps": c.steps, "seconds": [round(s, 1) for s in c.seconds], "losses": c.losses}
+            for c in curves
+        ]
+        pairs = list(zip(winners.get("dense", []), curves, strict=False))
+        shares = [
+            None if (when := own.reaches(dense.final)) is None else when / dense.seconds[-1]
+            for dense, own in pairs
+        ]
+        told["arms"][arm] = {
+            "learning_rate": best(arm, arguments).rate,
+            "final_loss": [c.final for c in curves],
+            "seconds": [c.seconds[-1] for c in curves],
+            "share_of_time_to_dense_loss": shares,
+            "loss_at_equal_time": [own.at(dense.seconds[-1]) for dense, own in pairs],
+            "steps": [c.steps[-1] for c in curves],
+        }
+    return told
+
+
+def tell(told: dict[str, Any], path: Path | None = None) -> None:
+    """Print the tables, and draw the curves into `path`."""
+    print(f"{told['experiment']}, {told['ranks']} ranks; {told['machine']}\n")
+    rates = sorted({rate for row in told["grid"].values() for rate in row}, key=float)
+    print("Final held-out loss, seed 1, by learning rate\n")
+    print(f"| arm | {' | '.join(rates)} |\n|---|{'---|' * len(rates)}")
+    for arm, row in told["grid"].items():
+        print(f"| {arm} | {' | '.join(f'{row[r]:.4f}' if r in row else '' for r in rates)} |")
+    if not told["arms"]:
+        return
+    print(
+        "\n| arm | learning rate | steps | training time s | held-out loss at its end | time to the dense "
+        "run's loss over the dense run's | loss at the dense run's time |\n|---|---|---|---|---|---|---|"
+    )
+    for arm, row in told["arms"].items():
+        shares = [s for s in row["share_of_time_to_dense_loss"] if s is not None]
+        missed = len(row["share_of_time_to_dense_loss"]) - len(shares)
+        reached = _spread(shares, "{:.3f}") + (f", {missed} never" if missed else "")
+        print(
+            f"| {arm} | {row['learning_rate']:g} | {row['steps'][0]:,} "
+            f"| {_spread(row['seconds'], '{:,.0f}')} | {_spread(row['final_loss'], '{:.4f}')} | {reached} | "
+            f"{_spread(row['loss_at_equal_time'], '{:.4f}')} |"
+        )
+    if path is not None:
+        _plot(told, path)
+
+
+def _plot(told: dict[str, Any], path: Path) -> None:
+    """Held-out loss over training time, a line an arm (the median seed's end)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for arm, curves in told["curves"].items():
+        middle = sorted(curves, key=lambda c: c["losses"][-1])[len(curves) // 2]
+        axes.plot(middle["seconds"], middle["losses"], label=arm)
+    axes.set_xlabel("training time, s")
+    axes.set_ylabel("held-out masked-LM loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def curve(folder: Path) -> Curve:
+    """A run's held-out losses over its training time, from its metrics."""
+    steps, seconds, losses, total, last = [], [], [], 0.0, 0
+    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        total += line.get("step_seconds", 0.0) * (line["step"] - last)
+        last = line["step"]
+        if "eval_loss" in line:
+            steps.append(last)
+            seconds.append(total)
+            losses.append(line["eval_loss"])
+    return Curve(tuple(steps), tuple(seconds), tuple(losses))
+
+
+# --- one run -----------------------------------------------------------------------------------------------
+
+
+def _done(run: Run, out: Path) -> bool:
+    return (out / run.name / "done").exists()
+
+
+def _finish(run: Run, arguments: argparse.Namespace, *, deadline: float) -> bool:
+    """Take a run to its end; False where the time is up before."""
+    if _done(run, arguments.out):
+        return True
+    if time.monotonic() >= deadline:
+        return False
+    words = [str(arguments.experiment), *_words(run, arguments)]
+    began = time.monotonic()
+    codes = _launch(words, ranks=arguments.ranks, deadline=deadline, log=arguments.out / f"{run.name}.log")
+    if set(codes) == {0}:
+        (arguments.out / run.name / "done").touch()
+        held = curve(arguments.out / run.name)
+        print(
+            f"{run.name}: {held.final:.4f} after {held.steps[-1]:,} steps, {held.seconds[-1]:,.0f} s "
+            f"({time.monotonic() - began:,.0f} s with evaluations, saves and its start)",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
+    if set(codes) == {_STOPPED}:
+        return False
+    log = (arguments.out / f"{run.name}.log").read_text(errors="replace")[-3000:]
+    raise RuntimeError(f"{run.name} ended with {codes}:\n{log}")
+
+
+def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
+    """The overrides of one run."""
+    from earlybert.experiment import load
+
+    settings, _ = load(arguments.experiment, arguments.override)
+    words = [f"name={run.name}", f"runs={arguments.out}", f"seed={run.seed}", *arguments.override]
+    words += [f"phases.{number}.learning_rate={run.rate:g}" for number in range(len(settings.phases))]
+    if run.arm == "dense":
+        return [*words, "ticket.enabled=false"]
+    for number, phase in enumerate(settings.phases):
+        words.append(f"phases.{number}.steps={round(arguments.share * phase.steps)}")
+    if run.arm == "ticket":
+        return words
+    if run.arm == "layerdrop":
+        layers = settings.model.layers
+        gone = max(1, round(settings.ticket.neuron_ratio * layers))
+        return [*words, "ticket.kind=layerdrop", f"ticket.layer_ratio={gone / layers}"]
+    ticket = json.loads((arguments.out / Run("ticket", run.rate, run.seed).name / "ticket.json").read_text())
+    heads, neurons = ([len(layer) for layer in ticket[family]] for family in ("heads", "neurons"))
+    if run.arm == "scratch":
+        shape = [f"model.heads_per_layer={heads}", f"model.neurons_per_layer={neurons}"]
+        return [*words, "ticket.enabled=false", *shape]
+    shape = [f"ticket.heads_per_layer={heads}", f"ticket.neurons_per_layer={neurons}"]
+    at = [f"ticket.minimum_step={ticket['step']}", f"ticket.latest_step={ticket['step']}"]
+    return [*words, "ticket.kind=random", *shape, *at]
+
+
+def _launch(words: Sequence[str], *, ranks: int, deadline: float, log: Path) -> list[int]:
+    """Start the ranks, ask them to stop when the time is up, and return their exit codes."""
+    from earlybert.lifecycle import free_port
+
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    shared = os.environ | {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(threads),
+    }  # fmt: skip
+    with open(log, "a") as told:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(_PRETRAIN), *words], stdout=told, stderr=told,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        asked = False
+        while any(process.poll() is None for process in processes):
+            if not asked and time.monotonic() >= deadline:
+                asked = True
+                for process in processes:
+                    process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+    return [process.wait() for process in processes]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Median, and the least and most of several."""
+    if not values:
+        return ""
+    middle = form.format(statistics.median(values))
+    return (
+        middle if len(values) == 1 else f"{middle} ({form.format(min(values))} to {form.format(max(values))})"
+    )
