@@ -89,6 +89,7 @@ def main() -> int:
         "--share", type=float, default=1.0, help="steps of the other arms over those of the dense one"
     )
     saving.add_argument("--arm", action="append", help="dense, ticket, random, scratch, layerdrop")
+    saving.add_argument("--also", action="append", help="a variant of the ticket: 'NAME: key=value ...'")
     saving.add_argument("--ranks", type=int, default=2)
     saving.add_argument("--plot", type=Path, help="draw the loss over time here, once all is done")
     for command in (draw, save, data, train, ticket, saving):

@@ -56,7 +56,7 @@ def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tick
     (tmp_path / "e.toml").write_text(to_toml(values))
     arguments = Namespace(
         experiment=tmp_path / "e.toml", override=[], out=tmp_path / "runs", minutes=0.0, rates=[1e-3, 3e-3],
-        seeds=1, share=0.8, arm=["dense", "ticket", "random", "scratch"], ranks=1,
+        seeds=1, share=0.8, arm=["dense", "ticket", "random", "scratch"], ranks=1, also=None,
     )  # fmt: skip
     told = saving.measure(arguments)
     assert not told["arms"] and not any(told["grid"].values()), "no time, no run"

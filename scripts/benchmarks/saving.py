@@ -8,6 +8,7 @@ with the first seed, then its best one goes on with the other seeds.
 - random: the ticket's shape, any units, drawn at the ticket's step
 - scratch: the ticket's shape from the first step on
 - layerdrop: whole layers, as many as come nearest to the ticket's FLOPs
+- and any variant of the ticket by its overrides (--also 'reset: ticket.moments=reset')
 
 Time is that of training: steps (which wait for the loader), looks and draws; evaluations and checkpoints, the
 same for all, are left out.
@@ -79,7 +80,9 @@ class Curve:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * arguments.minutes
+    arguments.variants = dict(_variant(text) for text in arguments.also or [])
     arguments.arm = [arm for arm in ARMS if arguments.arm is None or arm in arguments.arm]
+    arguments.arm += arguments.variants
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(1, arguments.seeds + 1)
@@ -103,9 +106,10 @@ def figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is known so far; JSON types."""
     out: Path = arguments.out
     told: dict[str, Any] = {
-        "experiment": str(arguments.experiment), "overrides": arguments.override, "machine": machine.device(),
-        "versions": machine.versions("torch", "deepspeed", "transformers"), "ranks": arguments.ranks,
-        "grid": {}, "arms": {}, "curves": {},
+        "experiment": str(arguments.experiment), "overrides": arguments.override,
+        "variants": {name: " ".join(words) for name, words in arguments.variants.items()},
+        "machine": machine.device(), "versions": machine.versions("torch", "deepspeed", "transformers"),
+        "ranks": arguments.ranks, "share": arguments.share, "grid": {}, "arms": {}, "curves": {},
     }  # fmt: skip
     for arm in arguments.arm:
         done = [run for rate in arguments.rates if _done(run := Run(arm, rate, 1), out)]
@@ -241,8 +245,8 @@ def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
         return [*words, "ticket.enabled=false"]
     for number, phase in enumerate(settings.phases):
         words.append(f"phases.{number}.steps={round(arguments.share * phase.steps)}")
-    if run.arm == "ticket":
-        return words
+    if run.arm == "ticket" or run.arm in arguments.variants:
+        return words + arguments.variants.get(run.arm, [])
     if run.arm == "layerdrop":
         layers = settings.model.layers
         gone = max(1, round(settings.ticket.neuron_ratio * layers))
@@ -255,6 +259,18 @@ def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
     shape = [f"ticket.heads_per_layer={heads}", f"ticket.neurons_per_layer={neurons}"]
     at = [f"ticket.minimum_step={ticket['step']}", f"ticket.latest_step={ticket['step']}"]
     return [*words, "ticket.kind=random", *shape, *at]
+
+
+def _variant(text: str) -> tuple[str, list[str]]:
+    """(name, overrides) of `NAME: key=value ...`."""
+    from earlybert.config import SettingsError
+
+    name, colon, words = text.partition(":")
+    if not colon or not words.split() or not name.strip() or name.strip() in ARMS:
+        raise SettingsError(
+            f"--also {text!r}: give NAME: key=value ..., the name not one of {', '.join(ARMS)}"
+        )
+    return name.strip(), words.split()
 
 
 def _launch(words: Sequence[str], *, ranks: int, deadline: float, log: Path) -> list[int]:
