@@ -48,7 +48,7 @@ class Assembly:
         self.samples = {
             (split, length): PackedSamples(
                 self.corpus,
-                settings=experiment.data,
+                settings=experiment.data if split == "train" else experiment.held_out,
                 sequence_length=length,
                 seed=experiment.seed,
                 split=split,

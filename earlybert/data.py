@@ -41,6 +41,8 @@ class DataSettings:
     """Masked tokens alone, or with next-sentence (BERT) or sentence-order (ALBERT) prediction."""
     mask_probability: float = 0.15
     """The share of a row's tokens to guess."""
+    boundaries: bool = False
+    """Objective "mlm": tokens attend within their document only, and positions begin anew with each."""
     whole_word: bool = False
     """Mask all wordpieces of a word or none."""
     held_out: float = 0.005
@@ -55,6 +57,11 @@ class DataSettings:
         if not 0 < self.mask_probability < 1:
             raise SettingsError(
                 f"mask_probability = {self.mask_probability}: choose between 0 and 1, such as 0.15"
+            )
+        if self.boundaries and self.objective != "mlm":
+            raise SettingsError(
+                f'boundaries = true needs objective = "mlm", a row of whole documents; a pair of objective = '
+                f"{self.objective!r} is one context"
             )
         if not 0 < self.held_out < 1:
             raise SettingsError(f"held_out = {self.held_out}: choose a share between 0 and 1, such as 0.005")
@@ -142,7 +149,8 @@ class PackedSamples:
         """Make the samples `ids` as they are in `epochs`: arrays of int64, one row a sample.
 
         input_ids [B,T], masked_positions [B,P], masked_labels [B,P] (-100 in free slots); pair objectives add
-        token_type_ids [B,T], attention_mask [B,T] and next_sentence_label [B].
+        token_type_ids [B,T], attention_mask [B,T] and next_sentence_label [B]; `boundaries` adds segments
+        [B,T] (the document of each token, counted in its row) and position_ids [B,T].
         """
         B, T = len(ids), self.sequence_length
         tokens_BT = np.full((B, T), self.vocabulary.pad, dtype=np.int64)
@@ -171,6 +179,8 @@ class PackedSamples:
         )
         if paired:
             pairs["attention_mask"] = (tokens_BT != self.vocabulary.pad).astype(np.int64)
+        if self.settings.boundaries:
+            pairs["segments"], pairs["position_ids"] = _segments(tokens_BT, sep=self.vocabulary.sep)
         return {
             "input_ids": input_ids_BT,
             "masked_positions": positions_BP,
@@ -244,6 +254,8 @@ class PackedSamples:
             "whole_word": settings.whole_word,
             "held_out": settings.held_out,
         }
+        if settings.boundaries:
+            decides["boundaries"] = True
         if self._weights is not None:
             decides["weights"] = self._weights
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8")).hexdigest()
@@ -282,6 +294,15 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int, tokenizer_sha256: str |
             f"the model's tokenizer has sha256 {tokenizer_sha256[:12]}, {corpus.folder} was written with "
             f"{manifest.tokenizer_sha256[:12]}; prepare the corpus with the model's tokenizer"
         )
+
+
+def _segments(tokens_BT: np.ndarray, *, sep: int) -> tuple[np.ndarray, np.ndarray]:
+    """(document of each token, its position there); a [SEP] ends a document and belongs to it."""
+    ends_BT = tokens_BT == sep
+    segments_BT = ends_BT.cumsum(axis=1) - ends_BT
+    places_T = np.arange(tokens_BT.shape[1])
+    first_BT = np.diff(segments_BT, axis=1, prepend=0) > 0
+    return segments_BT, places_T - np.maximum.accumulate(np.where(first_BT, places_T, 0), axis=1)
 
 
 def _packing(

@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from earlybert import mechanics, targets
 from earlybert.config import SettingsError, as_dict, override, parse, read_toml
-from earlybert.data import DataSettings
+from earlybert.data import DataSettings, Objective
 from earlybert.guard import GuardSettings
 from earlybert.model import EarlyBertConfig
 from earlybert.schedule import PhaseSettings
@@ -132,8 +132,17 @@ class EvaluateSettings:
     """Optimizer steps between evaluations; the first step, the draw and the end are always evaluated."""
     samples: int = 512
     """Held-out sequences, the same ones each time with the same masks."""
+    objective: Objective | None = None
+    """Rows that are evaluated; None: those of data.objective. The loss is that of masked tokens alone."""
+    mask_probability: float | None = None
+    """Share of their tokens to guess; None: data.mask_probability. Runs that differ there compare where both
+    are set alike."""
 
     def __post_init__(self) -> None:
+        if self.mask_probability is not None and not 0 < self.mask_probability < 1:
+            raise SettingsError(
+                f"mask_probability = {self.mask_probability}: choose between 0 and 1, such as 0.15"
+            )
         for name in ("every", "samples"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -223,6 +232,18 @@ class Experiment:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.runs) / self.name
+
+    @property
+    def held_out(self) -> DataSettings:
+        """What the held-out rows hold."""
+        changes: dict[str, Any] = {
+            "objective": self.evaluate.objective,
+            "mask_probability": self.evaluate.mask_probability,
+        }
+        changes = {key: value for key, value in changes.items() if value is not None}
+        if changes.get("objective", "mlm") != "mlm":
+            changes["boundaries"] = False
+        return replace(self.data, **changes)
 
     @property
     def fingerprint(self) -> str:

@@ -233,7 +233,7 @@ def attend(
     mask: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1, T] or None.
+    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1 or T, T] or None.
 
     PyTorch's own, but for training in 16 bits on a CPU: its backward pass there takes 2 to 6 times as long as
     the plain products (torch 2.13; LOG.md has the figures, tests/test_model.py compares the values).
@@ -382,8 +382,12 @@ class _Bert(nn.Module):
         mask_BT: torch.Tensor | None,
         types_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
+        segments_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
+        if segments_BT is not None:
+            same = (segments_BT[:, None, :, None] == segments_BT[:, None, None, :]).bool()
+            mask = same if mask is None else mask & same
         x_BTD = self.encoder(self.embeddings(ids_BT, types_BT, positions_BT), mask)
         return x_BTD, None if self.pooler is None else self.pooler(x_BTD)
 
@@ -457,10 +461,12 @@ class EarlyBertForPreTraining(PreTrainedModel):
         masked_labels: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
     ) -> EarlyBertOutput:
         """Run the encoder and the heads.
 
-        `input_ids`, `attention_mask` (1 real, 0 padding), `token_type_ids`, `position_ids`, `labels`: [B, T];
+        `input_ids`, `attention_mask` (1 real, 0 padding), `token_type_ids`, `position_ids`, `labels`,
+        `segments` (tokens attend to those of the same number only: documents that share a row): [B, T];
         `masked_positions`, `masked_labels`: [B, P], positions within the row; `next_sentence_label`: [B].
         A label of -100 is not counted. Give either `masked_positions` (static shapes; the head runs on those
         rows only) or `labels`, as stock BERT has them; in training mode the head then runs on the labelled
@@ -476,7 +482,7 @@ class EarlyBertForPreTraining(PreTrainedModel):
             raise ValueError(
                 "next_sentence_label is given to a model without that head; set config.next_sentence"
             )
-        x_BTD, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        x_BTD, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids, segments)
         rows, targets, shape = x_BTD.flatten(0, 1), None, None
         if masked_positions is not None:
             first_B1 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None] * x_BTD.shape[1]
@@ -545,10 +551,18 @@ class EarlyBertForMaskedLM(EarlyBertForPreTraining):
         masked_positions: torch.Tensor | None = None,
         masked_labels: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
     ) -> EarlyBertMaskedLMOutput:
         """Run encoder and head; the arguments are those of `EarlyBertForPreTraining`."""
         output = super().forward(
-            input_ids, attention_mask, token_type_ids, position_ids, masked_positions, masked_labels, labels
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            masked_positions,
+            masked_labels,
+            labels,
+            segments=segments,
         )
         return EarlyBertMaskedLMOutput(
             loss=output.loss, logits=output.prediction_logits, correct=output.correct, counted=output.counted

@@ -30,7 +30,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -101,7 +100,7 @@ def main() -> int:
         measured.tell(figures, *([arguments.plot] if arguments.command == "saving" else []))
         _keep(figures, arguments.json)
         return 0
-    return _rank(arguments) if "RANK" in os.environ else _start(arguments)
+    return _rank(arguments) if "EARLYBERT_BENCH" in os.environ else _start(arguments)
 
 
 def _numbers(text: str) -> list[float]:
@@ -115,19 +114,9 @@ def _keep(figures: dict[str, Any], path: Path | None) -> None:
 
 def _start(arguments: argparse.Namespace) -> int:
     """Start the ranks; rank 0 prints."""
-    from earlybert.lifecycle import free_port
+    from benchmarks.ranks import start
 
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(arguments.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-    processes = [
-        subprocess.Popen([sys.executable, *sys.argv], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(arguments.ranks)
-    ]
+    processes = start([sys.executable, *sys.argv], ranks=arguments.ranks, EARLYBERT_BENCH="rank")
     return max(abs(process.wait()) for process in processes)
 
 

@@ -260,6 +260,28 @@ def test_other_names_of_special_tokens_are_read(tmp_path: Path) -> None:
 # packing
 
 
+def test_boundaries_number_the_documents_of_a_row_and_count_positions_in_each(telling_corpus: Corpus) -> None:
+    samples = packed(telling_corpus, length=31, boundaries=True)
+    plain = packed(telling_corpus, length=31)
+    assert samples.fingerprint != plain.fingerprint
+    ids, epochs = samples.ids(np.arange(len(samples)))
+    rows, same = samples.rows(ids, epochs=epochs), plain.rows(ids, epochs=epochs)
+    assert np.array_equal(rows["input_ids"], same["input_ids"])
+    tokens = rows["input_ids"].copy()
+    for row, where, label in zip(tokens, rows["masked_positions"], rows["masked_labels"], strict=True):
+        row[where[label >= 0]] = label[label >= 0]  # as they were
+    for row, segments, positions in zip(tokens, rows["segments"], rows["position_ids"], strict=True):
+        assert segments[0] == positions[0] == 0
+        for place in range(1, len(row)):
+            begins = row[place - 1] == samples.vocabulary.sep
+            assert segments[place] == segments[place - 1] + begins
+            assert positions[place] == (0 if begins else positions[place - 1] + 1)
+            if segments[place] and row[place] != samples.vocabulary.sep:  # begun in this row
+                assert positions[place] == (row[place] - 5) % 10
+    with pytest.raises(SettingsError, match='boundaries = true needs objective = "mlm"'):
+        packed(telling_corpus, boundaries=True, objective="mlm+nsp")
+
+
 @pytest.mark.parametrize("length", [8, 16, 33])
 def test_pieces_are_the_stream_cut_in_pieces(corpus: Corpus, length: int) -> None:
     samples = packed(corpus, length=length)

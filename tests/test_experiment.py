@@ -1,5 +1,6 @@
 """Every experiment and DeepSpeed JSON that ships is loaded by the real loader, and mistakes are named."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -50,6 +51,30 @@ def test_the_two_phase_recipe_is_that_of_the_field():
         assert total_steps(loaded.phases) == 8601
         removed = loaded.model.heads - round(loaded.model.heads * (1 - loaded.ticket.head_ratio))
         assert removed == 4, "the paper removes 4 heads in each layer"
+
+
+def test_the_modern_recipes_are_modern_and_grow_their_batch_under_one_curve():
+    for path in (path for path in EXPERIMENTS if path.stem.endswith("_modern")):
+        loaded, _ = experiment.load(path)
+        assert loaded.model.pre_norm and loaded.model.dropout == loaded.model.attention_dropout == 0
+        assert loaded.data.objective == "mlm" and loaded.data.mask_probability == 0.3
+        batches = [phase.batch for phase in loaded.phases]
+        assert batches == sorted(set(batches)) and len(batches) > 1
+        for before, after in itertools.pairwise(loaded.phases):
+            assert before.rate(before.steps - 1) == after.rate(0) == after.learning_rate
+        assert loaded.phases[-1].decay == "stable"
+
+
+def test_what_is_evaluated_can_be_set_apart_from_what_is_trained():
+    path = ROOT / "scripts" / "experiments" / "bert_mini.toml"
+    loaded, _ = experiment.load(path, ["data.objective=mlm+nsp", "data.mask_probability=0.3"])
+    assert loaded.held_out == loaded.data
+    words = ["evaluate.objective=mlm", "evaluate.mask_probability=0.15"]
+    told, _ = experiment.load(path, ["data.objective=mlm+nsp", "data.mask_probability=0.3", *words])
+    assert (told.held_out.objective, told.held_out.mask_probability) == ("mlm", 0.15)
+    assert told.data == loaded.data and told.fingerprint == loaded.fingerprint, "it only watches"
+    with pytest.raises(SettingsError, match="mask_probability = 1.5: choose between 0 and 1"):
+        experiment.load(path, ["evaluate.mask_probability=1.5"])
 
 
 @pytest.mark.parametrize(

@@ -546,3 +546,26 @@ def test_dropout_is_torchs_elsewhere_and_nothing_at_zero():
     x = torch.randn(4, 5)
     assert dropped(x, 0.0) is x or torch.equal(dropped(x, 0.0), x)
     assert dropped(torch.empty(4, 5, device="meta"), 0.5).device.type == "meta"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_documents_that_share_a_row_do_not_see_each_other(precision):
+    model = seeded_model(small(initializer_range=0.3), seed=2).to(precision).train()
+    generator = torch.Generator().manual_seed(1)
+    first, second = (
+        torch.randint(5, 71, (2, 8), generator=generator),
+        torch.randint(5, 71, (2, 12), generator=generator),
+    )
+    together = {
+        "input_ids": torch.cat([first, second], 1),
+        "segments": torch.tensor([0] * 8 + [1] * 12).expand(2, -1),
+        "position_ids": torch.tensor([*range(8), *range(12)]).expand(2, -1),
+    }
+    alone = [model(ids).prediction_logits for ids in (first, second)]
+    packed = model(**together).prediction_logits
+    apart, near = torch.cat(alone, 1), (1e-4 if precision == torch.float32 else 0.05) * packed.abs().max()
+    assert (packed - apart).abs().max() < near
+    padded = model(**together, attention_mask=torch.ones(2, 20)).prediction_logits
+    assert torch.equal(padded, packed)
+    del together["segments"]
+    assert (model(**together).prediction_logits - packed).abs().max() > 4 * near

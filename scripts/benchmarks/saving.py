@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.ranks import start
 
 _PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
 ARMS = ("dense", "ticket", "random", "scratch", "layerdrop")
@@ -275,21 +274,8 @@ def _variant(text: str) -> tuple[str, list[str]]:
 
 def _launch(words: Sequence[str], *, ranks: int, deadline: float, log: Path) -> list[int]:
     """Start the ranks, ask them to stop when the time is up, and return their exit codes."""
-    from earlybert.lifecycle import free_port
-
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    shared = os.environ | {
-        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(threads),
-    }  # fmt: skip
     with open(log, "a") as told:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(_PRETRAIN), *words], stdout=told, stderr=told,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
+        processes = start([sys.executable, str(_PRETRAIN), *words], ranks=ranks, log=told)
         asked = False
         while any(process.poll() is None for process in processes):
             if not asked and time.monotonic() >= deadline:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.engines import SHAPES
+from benchmarks.ranks import start
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
 _WARM = 5
@@ -152,30 +152,13 @@ def _corpus(folder: Path, *, length: int) -> None:
 
 def run_program(kind: str, job: Figures) -> Figures:
     """Start a program on its ranks; what its rank 0 has measured."""
-    from earlybert.lifecycle import free_port
-
     out = Path(job["folder"]) / "figures.json"
     out.unlink(missing_ok=True)
     ranks = 1 if kind == "trainer" else job["ranks"]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    shared = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": f"{_SCRIPTS}{os.pathsep}{_SCRIPTS.parent}",
-    }  # fmt: skip
-    if ranks > 1:
-        shared |= {
-            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.train", kind, json.dumps(job)]
+    path = f"{_SCRIPTS}{os.pathsep}{_SCRIPTS.parent}"
     with open(Path(job["folder"]) / "log.txt", "w+") as log:
-        processes = [
-            subprocess.Popen(
-                command, env={**shared, **({"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {})},
-                stdout=log, stderr=log,
-            )
-            for r in range(ranks)
-        ]  # fmt: skip
+        processes = start(command, ranks=ranks, log=log, TOKENIZERS_PARALLELISM="false", PYTHONPATH=path)
         codes = [process.wait() for process in processes]
         log.seek(0)
         if any(codes) or not out.exists():

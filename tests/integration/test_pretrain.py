@@ -319,3 +319,14 @@ def test_the_evaluation_at_a_phases_last_step_is_of_that_phase(small):
         assert small.run(name, f"phases.1.sequence_length={length}", *words) == [0, 0], small.log()
         losses.append([m["eval_loss"] for m in small.metrics(f"next-{length}") if m["step"] == 6])
     assert losses[0] == losses[1] and len(losses[0]) == 1
+
+
+def test_runs_that_train_on_other_rows_are_evaluated_on_the_same(tmp_path):
+    folder = Folder(tmp_path, stage=1, precision="fp32")
+    short = ["ticket.enabled=false", "phases.0.steps=1", "phases.1.steps=1"]
+    same = ["evaluate.objective=mlm", "evaluate.mask_probability=0.2"]
+    for name, words in {"own": [], "few": same, "many": [*same, "data.mask_probability=0.5"]}.items():
+        assert folder.run(f"name={name}", *short, *words, ranks=1) == [0], folder.log()
+    own, few, many = (folder.metrics(name) for name in ("own", "few", "many"))
+    assert few[0]["eval_loss"] == many[0]["eval_loss"] != own[0]["eval_loss"]
+    assert few[1]["loss"] != many[1]["loss"]

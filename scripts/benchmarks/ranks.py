@@ -1,0 +1,31 @@
+"""A program started once a rank, on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import IO, Any
+
+
+def start(
+    command: Sequence[str], *, ranks: int, log: IO[Any] | None = None, **environment: str
+) -> list[subprocess.Popen]:
+    """Start `command` on each rank of a new group, the cores shared out evenly; its output goes to `log`.
+
+    One rank gets no rank at all: some programs take a RANK for a launch of several.
+    """
+    from earlybert.lifecycle import free_port
+
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    shared = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
+    if ranks > 1:
+        shared |= {
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        processes.append(subprocess.Popen(command, env={**shared, **own}, stdout=log, stderr=log))
+    return processes
