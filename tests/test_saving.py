@@ -9,6 +9,7 @@ import pytest
 
 from corpora import random_documents, write_corpus
 from earlybert.config import to_toml
+from ranks import launch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -40,7 +41,13 @@ def test_time_is_that_of_steps_and_draws_and_not_of_evaluations(saving, tmp_path
     assert saving.curve(tmp_path) == saving.Curve((0, 6), (0.0, 4.0), (9.0, 7.0))
 
 
-def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tickets_shape(saving, tmp_path):
+def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tickets_shape(
+    saving, tmp_path, monkeypatch
+):
+    def start(command, *, ranks, log):  # real processes still, forked from the tests' server
+        return launch(command[1], command[2:], ranks=ranks, logs=tmp_path)
+
+    monkeypatch.setattr(saving, "start", start)
     write_corpus(tmp_path / "corpus", random_documents(60, longest=120))
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     values = {
