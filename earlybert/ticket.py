@@ -322,7 +322,7 @@ def keep(
     many each layer keeps, in place of all that.
     """
     widths = [c.numel() for c in coefficients]
-    ranked = [c.detach().double().abs().sort(descending=True, stable=True) for c in coefficients]
+    ranked = [c.detach().abs().sort(descending=True, stable=True) for c in coefficients]
     if counts is not None:
         pass
     elif scope == "layer":
@@ -334,7 +334,8 @@ def keep(
     else:
         total = sum(widths) - round(ratio * sum(widths))
         counts = _global_counts([r.values for r in ranked], total=total, minimum=minimum, multiple=multiple)
-    return tuple(tuple(sorted(r.indices[:count].tolist())) for r, count in zip(ranked, counts, strict=True))
+    kept = (r.indices[:count].sort().values for r, count in zip(ranked, counts, strict=True))
+    return tuple(tuple(indices.tolist()) for indices in kept)
 
 
 def draw(
@@ -425,14 +426,16 @@ def _global_counts(values: list[torch.Tensor], *, total: int, minimum: int, mult
     """
     widths = [v.numel() for v in values]
     least = [least_width(width, minimum, multiple) for width in widths]
-    rest = torch.cat([v[low:] for v, low in zip(values, least, strict=True)])
-    layer_of = torch.cat(
-        [
-            torch.full((width - low,), layer)
-            for layer, (width, low) in enumerate(zip(widths, least, strict=True))
-        ]
-    )
-    chosen = rest.sort(descending=True, stable=True).indices[: max(0, total - sum(least))]
-    extra = torch.bincount(layer_of[chosen].long(), minlength=len(widths)).tolist()
-    wanted = [low + more for low, more in zip(least, extra, strict=True)]
+    rest = [v[low:] for v, low in zip(values, least, strict=True)]
+    places, more = max(0, total - sum(least)), [0] * len(rest)
+    if places:
+        every = torch.cat(rest)
+        limit = every.kthvalue(len(every) - places + 1).values  # the least that still finds a place
+        more = [int((v > limit).sum()) for v in rest]
+        left = places - sum(more)
+        for layer, v in enumerate(rest):
+            tied = min(left, int((v == limit).sum()))
+            more[layer] += tied
+            left -= tied
+    wanted = [low + extra for low, extra in zip(least, more, strict=True)]
     return _round_widths(wanted, widths, minimum=minimum, multiple=multiple)
