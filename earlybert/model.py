@@ -386,7 +386,7 @@ class _Bert(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
         if segments_BT is not None:
-            same = (segments_BT[:, None, :, None] == segments_BT[:, None, None, :]).bool()
+            same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
             mask = same if mask is None else mask & same
         x_BTD = self.encoder(self.embeddings(ids_BT, types_BT, positions_BT), mask)
         return x_BTD, None if self.pooler is None else self.pooler(x_BTD)
