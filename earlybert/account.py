@@ -1,4 +1,4 @@
-"""What a run remembers and what it tells: the sums of the open progress line, the metrics, the lines of text.
+"""What a run remembers and tells: the sums of the open progress line, held-out loss, metrics, lines of text.
 
 Nothing here decides anything; `trainer` calls it with what happened.
 """
@@ -6,7 +6,7 @@ Nothing here decides anything; `trainer` calls it with what happened.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 
 from earlybert import dist
 from earlybert.checkpoint import Checkpoint
+from earlybert.data import PackedSamples
 from earlybert.engine import Engine
 from earlybert.experiment import Experiment
+from earlybert.loader import held_out_batches
 from earlybert.targets import Work
 
 
@@ -53,6 +55,36 @@ class Memory:
         """From what a checkpoint's manifest has, which stays as it is."""
         own = copy.deepcopy(dict(values))
         return Memory(**{**own, "sums": Sums(**own["sums"])})
+
+
+def held_out_loss(
+    engine: Engine,
+    samples: PackedSamples,
+    *,
+    micro_batch: int,
+    limit: int | None,
+    mark: Callable[[], None],
+) -> float:
+    """Mean masked-LM loss over all masked positions of the first `limit` held-out samples. Collective.
+
+    `mark` is called before each micro-batch.
+    """
+    batches = held_out_batches(
+        samples, micro_batch=micro_batch, rank=dist.rank(), world_size=dist.world_size(), limit=limit
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine.eval()
+    with torch.no_grad():
+        for batch in batches:
+            mark()
+            batch.pop("next_sentence_label", None)  # the held-out loss is the masked-LM loss
+            output = engine(**{key: value.to(engine.device) for key, value in batch.items()})
+            counted = output.counted.double()
+            loss = torch.where(counted > 0, output.loss.double() * counted, 0.0)
+            sums += torch.stack([loss, counted])
+    engine.train()
+    total, told = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
+    return total / max(1.0, told)
 
 
 def metrics(

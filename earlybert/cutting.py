@@ -1,19 +1,21 @@
 """The state of a large model, made that of the small one: cut, folded, renamed.
 
-The draw applies `cutter` to every piece while it is read, so nothing large is copied, and `settle` to the
+`cut_state` applies `cutter` to every piece while it is read, so nothing large is copied, and `settle` to the
 result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from earlybert import state
 from earlybert.adapters import Adapter, Layer, Shape
 from earlybert.shrink import Cut, Piece, cut_piece, cut_shape, fold_map, folded, index_map, renames, spread
 from earlybert.state import MASTER, POWERS, State, Transform
-from earlybert.ticket import Kept, Ticket
+from earlybert.ticket import Kept, Ticket, TicketSettings
 
 
 def coefficient_names(layers: Sequence[Layer]) -> tuple[list[str], list[str]]:
@@ -63,6 +65,37 @@ def cutter(
         return cut_piece(piece, shape, cuts.get(name))
 
     return transform
+
+
+def cut_state(
+    inner: Any,
+    adapter: Adapter,
+    ticket: Ticket,
+    *,
+    settings: TicketSettings,
+    last: bool,
+    anchor: State | None = None,
+) -> State:
+    """The state of a DeepSpeed engine, or `anchor`, that of the step to rewind to, cut to the ticket.
+
+    Collective. Coefficients are folded in and moments reset where the settings say so; `last`: no search
+    comes after.
+    """
+    shape, layers = adapter.shape(inner.module), adapter.layers(inner.module.config)
+    names = all_coefficients(layers) if shape.coefficients != "none" else []
+    values = state.gather(inner, names) if anchor is None else state.whole(anchor, names)
+    transform = cutter(
+        layers,
+        ticket_cuts(layers, ticket, head_size=shape.head_size),
+        values,
+        fold=settings.coefficients == "fold",
+        still=last and settings.coefficients == "freeze",
+    )
+    if anchor is None:
+        return state.read(inner, transform=transform, moments=settings.moments == "keep")
+    kept = state.transformed(anchor, transform)
+    kept.counters = state.counters(inner)
+    return kept
 
 
 def settle(

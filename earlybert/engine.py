@@ -12,9 +12,6 @@ old engine is collected).
 
 from __future__ import annotations
 
-import gc
-import logging
-import math
 import os
 import time
 import weakref
@@ -25,22 +22,24 @@ import deepspeed
 import pydantic
 import torch
 
-from earlybert import baselines, cutting, dist, faults, mechanics, state, targets
+from earlybert import baselines, cutting, dist, faults, guard, mechanics, state, targets
 from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
-from earlybert.lifecycle import check_config, check_optimizer, empty_module, start_ranks, tear_down
-from earlybert.optim import Lamb
+from earlybert.lifecycle import (
+    check_config,
+    check_optimizer,
+    empty_module,
+    start_ranks,
+    tear_down,
+    warn_of_survivors,
+)
+from earlybert.optim import Lamb, ParameterGroups, parameter_groups
 from earlybert.penalty import LossScale, damp, penalise
 from earlybert.progress import EarlyBird, Progress
 from earlybert.rates import Rates, warm_up
-from earlybert.search import Search
-from earlybert.shrink import compose
 from earlybert.targets import Widths
 from earlybert.ticket import Ticket, TicketSettings
 
-log = logging.getLogger(__name__)
-
-ParameterGroups = list[dict[str, Any]]
 Restored = tuple[state.State, state.State | None]
 """A state, and the anchor to rewind to where a draw that rewinds is still to come."""
 _HOOKS = "_backward_hook_managers"
@@ -92,21 +91,6 @@ def initialize(
         progress=progress or Progress(),
         restored=restored,
     )
-
-
-def parameter_groups(module: torch.nn.Module, *, weight_decay: float) -> ParameterGroups:
-    """Decayed matrices, undecayed vectors (biases, LayerNorm), undecayed coefficients; empty groups are left
-    out."""
-    groups: ParameterGroups = [
-        {"name": "matrices", "params": [], "weight_decay": weight_decay, "trust_ratio": True},
-        {"name": "vectors", "params": [], "weight_decay": 0.0, "trust_ratio": False},
-        {"name": "coefficients", "params": [], "weight_decay": 0.0, "trust_ratio": False},
-    ]
-    for name, parameter in module.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # sharded, it has none of its own
-        which = 2 if name.endswith(".coefficients") else 0 if len(shape) > 1 else 1
-        groups[which]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 class Engine:
@@ -190,7 +174,7 @@ class Engine:
         Collective. After a draw `module`, `optimizer` and their parameters are new objects.
         """
         boundary = self.inner.is_gradient_accumulation_boundary()
-        norm = self._plain_norm() if boundary else None
+        norm = guard.plain_norm(self.inner) if boundary else None
         self.inner.step()
         if not boundary:
             return
@@ -281,39 +265,14 @@ class Engine:
         if inner is not None:
             for tensor in list(self._hooked.values()):
                 tensor.__dict__.pop(_HOOKS, None)
-            tear_down(inner)
             if self._compile_options is not None:
                 torch._dynamo.reset()  # its graphs hold the module
             watched = {"engine": weakref.ref(inner), "module": weakref.ref(inner.module)}
+            tear_down(inner)
             del inner
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            alive = [what for what, reference in watched.items() if reference() is not None]
-            if alive:
-                log.warning(
-                    "the old %s is still referenced after its tear-down and keeps its memory; "
-                    "drop outputs, losses and module references before the draw",
-                    " and ".join(alive),
-                )
+            warn_of_survivors(watched)
 
     # --- inside ---
-
-    def _plain_norm(self) -> float | None:
-        """The gradients' norm where DeepSpeed steps a bare optimizer (ZeRO-0, fp32) and looks at none.
-
-        Not finite, the gradients are dropped, as DeepSpeed does at every other stage and precision: the step
-        is skipped and counted.
-        """
-        if hasattr(self.inner.optimizer, "optimizer"):
-            return None
-        gradients = [p.grad for p in self.inner.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            self.inner.module.zero_grad(set_to_none=True)
-            self.inner.skipped_steps += 1
-        return norm
 
     @property
     def _penalised(self) -> bool:
@@ -381,7 +340,11 @@ class Engine:
         old = self.adapter.layers(config)
         last = len(self.progress.tickets) + 1 >= settings.draws
         clock = _Clock()
-        kept, rates = self._cut_state(ticket, last=last), Rates(self.inner)
+        anchor = self.anchor if settings.start == "rewind" else None
+        rates = Rates(self.inner)
+        kept = cutting.cut_state(
+            self.inner, self.adapter, ticket, settings=settings, last=last, anchor=anchor
+        )
         clock.lap("read")
         faults.point("draw.read")
         bare = self.adapter.shape(self.module).coefficients == "none"
@@ -389,13 +352,8 @@ class Engine:
         clock.lap("tear_down")
         faults.point("draw.tear_down")
         after = {"fold": "none"}.get(settings.coefficients, settings.coefficients) if last else "train"
-        before, mode = self.progress, "none" if bare else after
-        self.progress = Progress(
-            search=Search(began=ticket.step),
-            tickets=(*before.tickets, ticket),
-            heads=ticket.heads if before.heads is None else compose(before.heads, ticket.heads),
-            neurons=ticket.neurons if before.neurons is None else compose(before.neurons, ticket.neurons),
-        )
+        mode = "none" if bare else after
+        self.progress = self.progress.drawn(ticket)
         small = cutting.small_config(self.adapter, config, ticket, coefficients=mode)
         new, names = self.adapter.layers(small), cutting.all_coefficients(old)
         cuts = cutting.ticket_cuts(old, ticket, head_size=self._head_size)
@@ -413,28 +371,6 @@ class Engine:
         self.draw_seconds = clock.laps
         if self._bird.on_draw is not None:
             self._bird.on_draw(self, ticket)
-
-    def _cut_state(self, ticket: Ticket, *, last: bool) -> state.State:
-        """The state, or that of the step to rewind to, cut to the ticket; with folded coefficients and reset
-        moments where the settings say so. Collective."""
-        assert self._bird is not None
-        settings, shape = self._bird.settings, self.adapter.shape(self.module)
-        layers = self.adapter.layers(self.module.config)
-        names = cutting.all_coefficients(layers) if shape.coefficients != "none" else []
-        anchor = self.anchor if settings.start == "rewind" else None
-        values = state.gather(self.inner, names) if anchor is None else state.whole(anchor, names)
-        transform = cutting.cutter(
-            layers,
-            cutting.ticket_cuts(layers, ticket, head_size=shape.head_size),
-            values,
-            fold=settings.coefficients == "fold",
-            still=last and settings.coefficients == "freeze",
-        )
-        if anchor is None:
-            return state.read(self.inner, transform=transform, moments=settings.moments == "keep")
-        kept = state.transformed(anchor, transform)
-        kept.counters = state.counters(self.inner)
-        return kept
 
     def _build(self, config: Any) -> torch.nn.Module:
         """A fresh module of this shape; its values do not matter, the state comes from `seed`."""

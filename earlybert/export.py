@@ -1,9 +1,9 @@
 """A trained model for others to load: *compact* in its true shape, or *dense* in that of stock BERT.
 
-Compact carries a copy of `model.py` beside the weights, so it loads with `trust_remote_code=True` where this
-package is not installed, and through the package without it. Dense has the coefficients folded in and zeros
-where heads and neurons went. Either is loaded again from disk and compared with the trained model before it
-gets its name.
+Compact carries copies of `model.py` and what it imports beside the weights, so it loads with
+`trust_remote_code=True` where this package is not installed, and through the package without it. Dense has
+the coefficients folded in and zeros where heads and neurons went. Either is loaded again from disk and
+compared with the trained model before it gets its name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from earlybert import checkpoint
+from earlybert import arithmetic, checkpoint, configuration
 from earlybert import model as modelling
 from earlybert.adapters import bert_layers
 from earlybert.checkpoint import Checkpoint
@@ -178,6 +178,8 @@ def _model(source: Source) -> EarlyBertForPreTraining:
 def _write_compact(source: Source, trained: EarlyBertForPreTraining, folder: Path) -> None:
     trained.save_pretrained(folder)
     shutil.copy(modelling.__file__, folder / CODE)
+    for imported in (arithmetic, configuration):
+        shutil.copy(str(imported.__file__), folder)
     code = CODE.removesuffix(".py")
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))

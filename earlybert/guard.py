@@ -109,3 +109,19 @@ def suspects(
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     where = f"at sequence length {samples.sequence_length}"
     return f"bad by themselves {where}: {'; '.join(named[:_NAMED])}{more}"
+
+
+def plain_norm(inner: Any) -> float | None:
+    """The gradients' norm where DeepSpeed steps a bare optimizer (ZeRO-0, fp32) and looks at none.
+
+    Not finite, the gradients are dropped, as DeepSpeed does at every other stage and precision: the step
+    is skipped and counted.
+    """
+    if hasattr(inner.optimizer, "optimizer"):
+        return None
+    gradients = [p.grad for p in inner.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not math.isfinite(norm):
+        inner.module.zero_grad(set_to_none=True)
+        inner.skipped_steps += 1
+    return norm

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import socket
 import subprocess
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordina
 
 from earlybert import dist, mechanics, ops
 from earlybert.config import EarlyBertError, SettingsError
+
+log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """malloc.h"""
@@ -214,3 +218,18 @@ def tear_down(inner: Any) -> None:
         clear = getattr(cell.cell_contents, "cache_clear", None)
         if clear is not None:
             clear()
+
+
+def warn_of_survivors(torn_down: Mapping[str, weakref.ref[Any]]) -> None:
+    """Collect garbage, give a GPU's memory back, and say what of an engine is still referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    alive = [what for what, reference in torn_down.items() if reference() is not None]
+    if alive:
+        log.warning(
+            "the old %s is still referenced after its tear-down and keeps its memory; "
+            "drop outputs, losses and module references before the draw",
+            " and ".join(alive),
+        )

@@ -1,11 +1,11 @@
 """EarlyBERT: a BERT encoder whose layers may differ in heads and neurons, with a coefficient for each.
 
-The shape is data: `EarlyBertConfig` holds heads and neurons per layer, so a shrunken model is built from
-its config and loaded strictly. Parameters are named as in Hugging Face's `BertForPreTraining`, whose weights
+Parameters are named as in Hugging Face's `BertForPreTraining`, whose weights
 load here.
 
 The surprise: the masked-LM head runs on masked positions only. With `masked_positions`, `prediction_logits`
-has a row for each of them, not for each token. It imports nothing of its package: exports carry a copy.
+has a row for each of them, not for each token. Exports carry copies of this file, `arithmetic.py`
+and `configuration.py`, which import nothing else of their package.
 
 B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head size, F neurons, V vocabulary.
 """
@@ -13,101 +13,17 @@ B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
-from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-IGNORED = -100
-_CACHED, _LARGEST = 2**18, 2**28
-"""Logits taken at a time in fp32: as many as a core's cache holds, and as many as a GPU's memory spares."""
-COEFFICIENTS = ("none", "train", "freeze")
-_ACTIVATIONS = {
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
-
-
-class EarlyBertConfig(PretrainedConfig):
-    """Shape and settings of an EarlyBERT; `*_per_layer` are true widths, the scalars the dense model's."""
-
-    model_type = "earlybert"
-
-    def __init__(
-        self,
-        vocab_size: int = 30522,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        intermediate_size: int = 3072,
-        head_size: int | None = None,
-        heads_per_layer: list[int] | None = None,
-        neurons_per_layer: list[int] | None = None,
-        coefficients: str = "none",
-        next_sentence: bool = False,
-        pre_norm: bool = False,
-        hidden_act: str = "gelu",
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
-        max_position_embeddings: int = 512,
-        type_vocab_size: int = 2,
-        initializer_range: float = 0.02,
-        layer_norm_eps: float = 1e-12,
-        pad_token_id: int | None = 0,
-        tie_word_embeddings: bool = True,
-        **others: Any,
-    ) -> None:
-        if coefficients not in COEFFICIENTS:
-            raise ValueError(f"coefficients = {coefficients!r}: choose one of {', '.join(COEFFICIENTS)}")
-        if hidden_act not in _ACTIVATIONS:
-            raise ValueError(f"hidden_act = {hidden_act!r}: choose one of {', '.join(_ACTIVATIONS)}")
-        if others.get("position_embedding_type", "absolute") != "absolute" or others.get("is_decoder"):
-            raise ValueError(
-                "only BERT encoders with absolute positions are known; this configuration is another"
-            )
-        if head_size is None and hidden_size % num_attention_heads:
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
-            )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.head_size = head_size or hidden_size // num_attention_heads
-        self.heads_per_layer = _per_layer(
-            heads_per_layer, num_attention_heads, num_hidden_layers, "heads_per_layer"
-        )
-        self.neurons_per_layer = _per_layer(
-            neurons_per_layer, intermediate_size, num_hidden_layers, "neurons_per_layer"
-        )
-        self.coefficients = coefficients
-        self.next_sentence = next_sentence
-        self.pre_norm = pre_norm
-        self.hidden_act = hidden_act
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.max_position_embeddings = max_position_embeddings
-        self.type_vocab_size = type_vocab_size
-        self.initializer_range = initializer_range
-        self.layer_norm_eps = layer_norm_eps
-        super().__init__(**others)
-        self.pad_token_id = pad_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-
-    def dense(self) -> EarlyBertConfig:
-        """The configuration before any draw."""
-        values = self.to_dict()
-        values.update(heads_per_layer=None, neurons_per_layer=None)
-        return type(self).from_dict(values)
+from .arithmetic import ACTIVATIONS, IGNORED, CrossEntropy, Dropout, attend
+from .configuration import EarlyBertConfig
 
 
 @dataclass
@@ -150,7 +66,7 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = _Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
         self, ids_BT: torch.Tensor, types_BT: torch.Tensor | None, positions_BT: torch.Tensor | None
@@ -161,92 +77,6 @@ class _Embeddings(nn.Module):
             types_BT = torch.zeros_like(positions_BT)
         x_BTD = self.word_embeddings(ids_BT) + self.token_type_embeddings(types_BT)
         return self.dropout(self.LayerNorm(x_BTD + self.position_embeddings(positions_BT)))
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """(sum of the losses, right guesses) of logits [R, V] in any precision and labels [R], computed in fp32.
-
-    A few rows at a time, so that what lies in between stays in a CPU's cache: the whole softmax in fp32 is
-    the largest tensor of a step, and on a CPU reading and writing it took a third of the time (LOG.md).
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits_RV: torch.Tensor, labels_R: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.rows = max(1, (_CACHED if logits_RV.device.type == "cpu" else _LARGEST) // logits_RV.shape[1])
-        told_R, own_R1 = labels_R != IGNORED, labels_R.clamp(min=0)[:, None]
-        logs, chosen, right = [], [], told_R.new_zeros((), dtype=torch.long)
-        for scores_rV, own_r1, labels_r in zip(
-            logits_RV.split(ctx.rows), own_R1.split(ctx.rows), labels_R.split(ctx.rows), strict=True
-        ):
-            scores_rV = scores_rV.to(torch.float32, copy=True)
-            chosen.append(scores_rV.gather(1, own_r1))
-            best_r1, place_r1 = scores_rV.max(1, keepdim=True)  # in a seventh of argmax's time on a CPU
-            right += (place_r1.squeeze(1) == labels_r).sum()
-            logs.append(scores_rV.sub_(best_r1).exp_().sum(1, keepdim=True).log_().add_(best_r1))
-        log_R1 = torch.cat(logs) if logs else logits_RV.new_zeros((0, 1), dtype=torch.float32)
-        ctx.save_for_backward(logits_RV, told_R, own_R1, log_R1)
-        ctx.mark_non_differentiable(right)
-        lost_R1 = log_R1 - torch.cat(chosen) if chosen else log_R1
-        return lost_R1.squeeze(1).masked_fill(~told_R, 0).sum(), right
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        logits_RV, told_R, own_R1, log_R1 = ctx.saved_tensors
-        result_RV = torch.empty_like(logits_RV)
-        weight_R1 = (gradient * told_R)[:, None]
-        minus_R1 = torch.full_like(log_R1, -1)
-        for first in range(0, len(logits_RV), ctx.rows):
-            rows = slice(first, first + ctx.rows)
-            scores_rV = logits_RV[rows].to(torch.float32, copy=True).sub_(log_R1[rows]).exp_()
-            result_RV[rows] = scores_rV.scatter_add_(1, own_R1[rows], minus_R1[rows]).mul_(weight_R1[rows])
-        return result_RV, None
-
-
-def dropped(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Dropout in training. On a CPU from 16 random bits an element, which takes a quarter of the time of
-    torch's: `probability` is rounded to a multiple of 2**-16."""
-    if not probability or x.device.type != "cpu":
-        return functional.dropout(x, probability)
-    with torch.no_grad():
-        gone = round(probability * 2**16)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
-        factors = torch.empty(x.shape, dtype=x.dtype)
-        torch.ge(lanes, gone - 2**15, out=factors).mul_(2**16 / (2**16 - gone))
-    return x * factors
-
-
-class _Dropout(nn.Dropout):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dropped(x, self.p) if self.training else x
-
-
-def attend(
-    q_BNTH: torch.Tensor,
-    k_BNTH: torch.Tensor,
-    v_BNTH: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1 or T, T] or None.
-
-    PyTorch's own, but for training in 16 bits on a CPU: its backward pass there takes 2 to 6 times as long as
-    the plain products (torch 2.13; LOG.md has the figures, tests/test_model.py compares the values).
-    """
-    if q_BNTH.device.type != "cpu" or q_BNTH.dtype == torch.float32 or not q_BNTH.requires_grad:
-        return functional.scaled_dot_product_attention(
-            q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout
-        )
-    scores_BNTT = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNTH.transpose(-1, -2)
-    if mask is not None:
-        # Not -inf: a row of nothing but padding must stay finite.
-        scores_BNTT = scores_BNTT.masked_fill(~mask, torch.finfo(scores_BNTT.dtype).min)
-    return dropped(scores_BNTT.softmax(-1), dropout) @ v_BNTH
 
 
 class _SelfAttention(nn.Module):
@@ -293,7 +123,7 @@ class _Residual(nn.Module):
         self.pre_norm = config.pre_norm
         self.dense = _Scaled(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = _Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, inner: torch.Tensor, x_BTD: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         x_BTD = self.dropout(self.dense(inner, scale)) + x_BTD
@@ -319,7 +149,7 @@ class _Intermediate(nn.Module):
     def __init__(self, config: EarlyBertConfig, neurons: int) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, neurons)
-        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.coefficients = _coefficients(config, neurons)
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -396,7 +226,7 @@ class _Transform(nn.Module):
     def __init__(self, config: EarlyBertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -499,7 +329,7 @@ class EarlyBertForPreTraining(PreTrainedModel):
         output = EarlyBertOutput(prediction_logits=None if shape is None else logits.view(*shape, -1))
         if targets is not None:
             output.counted = (targets != IGNORED).sum()
-            total, output.correct = _CrossEntropy.apply(logits, targets)
+            total, output.correct = CrossEntropy.apply(logits, targets)
             # A rank's share of a held-out set may hold no label at all: its loss is 0, not 0 / 0.
             output.loss = total / output.counted.clamp(min=1)
         if pooled_BD is not None and self.cls.seq_relationship is not None:
@@ -573,14 +403,6 @@ def _coefficients(config: EarlyBertConfig, count: int) -> nn.Parameter | None:
     if config.coefficients == "none":
         return None
     return nn.Parameter(torch.ones(count), requires_grad=config.coefficients == "train")
-
-
-def _per_layer(widths: list[int] | None, dense: int, layers: int, what: str) -> list[int]:
-    if widths is None:
-        return [dense] * layers
-    if len(widths) != layers or not all(0 < width <= dense for width in widths):
-        raise ValueError(f"{what} = {list(widths)}: need {layers} numbers from 1 to {dense}")
-    return list(widths)
 
 
 if not __name__.startswith("transformers_modules."):  # an export's copy must not take the package's place

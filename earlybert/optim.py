@@ -1,4 +1,5 @@
-"""LAMB that knows ZeRO: one trust ratio an original parameter, although ZeRO hands over flat partitions.
+"""Parameter groups, and a LAMB that knows ZeRO: one trust ratio an original parameter, although ZeRO hands
+over flat partitions.
 
 You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (ICLR 2020), algorithm
 2. A rank under ZeRO holds a slice of a flat tensor in which many parameters lie one after another, and a
@@ -35,6 +36,24 @@ class Segments:
     parameters: int
     """How many parameters the flat tensor has over all ranks."""
     own: tuple[Segment, ...]
+
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def parameter_groups(module: torch.nn.Module, *, weight_decay: float) -> ParameterGroups:
+    """Decayed matrices, undecayed vectors (biases, LayerNorm), undecayed coefficients; empty groups are left
+    out."""
+    groups: ParameterGroups = [
+        {"name": "matrices", "params": [], "weight_decay": weight_decay, "trust_ratio": True},
+        {"name": "vectors", "params": [], "weight_decay": 0.0, "trust_ratio": False},
+        {"name": "coefficients", "params": [], "weight_decay": 0.0, "trust_ratio": False},
+    ]
+    for name, parameter in module.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # sharded, it has none of its own
+        which = 2 if name.endswith(".coefficients") else 0 if len(shape) > 1 else 1
+        groups[which]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 class Lamb(torch.optim.Optimizer):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from earlybert.search import Search
+from earlybert.shrink import compose
 from earlybert.targets import Work
 from earlybert.ticket import Kept, Ticket, TicketSettings
 
@@ -34,6 +35,15 @@ class Progress:
     heads: Kept | None = None
     """Kept indices in terms of the dense model, all draws composed; None before the first draw."""
     neurons: Kept | None = None
+
+    def drawn(self, ticket: Ticket) -> Progress:
+        """What is decided once `ticket`, in terms of the model before it, is drawn."""
+        return Progress(
+            search=Search(began=ticket.step),
+            tickets=(*self.tickets, ticket),
+            heads=ticket.heads if self.heads is None else compose(self.heads, ticket.heads),
+            neurons=ticket.neurons if self.neurons is None else compose(self.neurons, ticket.neurons),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

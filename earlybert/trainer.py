@@ -25,7 +25,7 @@ from earlybert.account import Memory, Sums
 from earlybert.assembly import Assembly
 from earlybert.config import EarlyBertError
 from earlybert.experiment import Experiment
-from earlybert.loader import MicroBatch, held_out_batches
+from earlybert.loader import MicroBatch
 from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.schedule import At
 from earlybert.watch import RankLost, Watch
@@ -341,28 +341,13 @@ class _Trainer:
     def _evaluate(self) -> float:
         """Held-out loss, the mean over all masked positions of all ranks. Collective."""
         phase = self.experiment.phases[self.phase]  # at its last step the schedule already names the next
-        samples = self.parts.samples["held_out", phase.sequence_length]
-        batches = held_out_batches(
-            samples,
+        eval_loss = account.held_out_loss(
+            self.engine,
+            self.parts.samples["held_out", phase.sequence_length],
             micro_batch=phase.micro_batch,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
             limit=self.experiment.evaluate.samples,
+            mark=lambda: self.watch.mark(f"evaluation after step {self.step}"),
         )
-        engine, device = self.engine, self._device()
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        engine.eval()
-        with torch.no_grad():
-            for batch in batches:
-                self.watch.mark(f"evaluation after step {self.step}")
-                batch.pop("next_sentence_label", None)  # the held-out loss is the masked-LM loss
-                output = engine(**{key: value.to(device) for key, value in batch.items()})
-                counted = output.counted.double()
-                loss = torch.where(counted > 0, output.loss.double() * counted, 0.0)
-                sums += torch.stack([loss, counted])
-        engine.train()
-        total, counted = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
-        eval_loss = total / max(1.0, counted)
         self.memory.eval_losses[str(self.step)] = eval_loss
         self._say(f"step {self.step:>7,}/{self.total:,}  held-out loss {eval_loss:.4f}")
         return eval_loss

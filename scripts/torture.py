@@ -13,7 +13,6 @@ been named in words. A fault counts where it was met (a run may be over before).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -28,10 +27,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from breaking import damage
+from breaking.comparison import differences
+
 ROOT = Path(__file__).resolve().parent.parent
 LOST = 75
-FOREIGN = "0" * 64
-TIMES = ("tokens_per_second", "step_seconds", "draw_seconds")
 STEPS, DRAWN = 30, 12
 EXPERIMENT = f"""
 deepspeed = "deepspeed.json"
@@ -58,10 +58,6 @@ learning_rate = 1e-3
 """
 
 
-Damage = Callable[[Path, random.Random], tuple[bool, str]]
-"""Spoils a run's newest checkpoint; whether there was one, and what the next start must say."""
-
-
 @dataclass
 class Fault:
     """One thing that goes wrong, and what the run must say of it."""
@@ -71,7 +67,7 @@ class Fault:
     """EARLYBERT_FAULTS of this start."""
     act: Callable[[Start], bool] | None = None
     """Done to a running start; whether it still ran."""
-    damage: Damage | None = None
+    damage: damage.Damage | None = None
     """Done to the checkpoints between two starts."""
     says: str = ""
     """What this start says when it meets the fault."""
@@ -196,7 +192,7 @@ def torture(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Tall
         raise SystemExit(f"the unbroken run failed:\n{whole.said()}")
     length = time.perf_counter() - began
     foreign = folder / "foreign"
-    newest = _newest(folder / "runs" / "unbroken")
+    newest = damage.newest_sound(folder / "runs" / "unbroken")
     assert newest is not None
     shutil.copytree(newest, foreign)
     tallies: dict[str, Tally] = {}
@@ -340,7 +336,7 @@ def kinds(chance: random.Random, ranks: int, length: float, foreign: Path) -> li
 
         return Fault("a rank that does not answer (SIGSTOP)", act=act)
 
-    def damaged(kind: str, how: Damage) -> Fault:
+    def damaged(kind: str, how: damage.Damage) -> Fault:
         return Fault(kind, act=kill(everyone=True, step=some_step()).act, damage=how)
 
     saves = ("save.snapshot", "save.shard", "save.manifest", "save.rename", "save.latest", "save.retention")
@@ -361,162 +357,15 @@ def kinds(chance: random.Random, ranks: int, length: float, foreign: Path) -> li
         lambda: armed("full", "save.shard", "no space left for a rank's file", "could not write"),
         lambda: armed("full", "save.manifest", "no space left for the manifest", "could not write the manif"),
         lambda: armed("fail", "draw.build", "an error inside the draw", "a fault armed at", latest=1),
-        lambda: damaged("a truncated file", truncated),
-        lambda: damaged("a flipped bit in a file", flipped),
-        lambda: damaged("a flipped bit in the manifest", flipped_manifest),
-        lambda: damaged("a missing file", missing),
-        lambda: damaged("two ranks' files swapped", swapped),
-        lambda: damaged("`latest` names nothing", latest_broken),
-        lambda: damaged("a manifest of another run", lambda run, chance: planted(run, foreign)),
-        lambda: damaged("a half-written save left behind", left_behind),
+        lambda: damaged("a truncated file", damage.truncated),
+        lambda: damaged("a flipped bit in a file", damage.flipped),
+        lambda: damaged("a flipped bit in the manifest", damage.flipped_manifest),
+        lambda: damaged("a missing file", damage.missing),
+        lambda: damaged("two ranks' files swapped", damage.swapped),
+        lambda: damaged("`latest` names nothing", damage.latest_broken),
+        lambda: damaged("a manifest of another run", lambda run, chance: damage.planted(run, foreign)),
+        lambda: damaged("a half-written save left behind", damage.left_behind),
     ]
-
-
-def _newest(run: Path) -> Path | None:
-    """The newest sound checkpoint of this experiment."""
-    from earlybert import checkpoint
-    from earlybert.config import EarlyBertError
-
-    for name in checkpoint.names(run / "checkpoints"):
-        path = run / "checkpoints" / name
-        try:
-            manifest = checkpoint.read_manifest(path)
-        except EarlyBertError:
-            continue
-        if manifest.experiment != FOREIGN and not checkpoint.flaws(path, manifest):
-            return path
-    return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def truncated(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None:
-        return False, ""
-    path = chance.choice(_files(newest))
-    os.truncate(path, chance.randrange(path.stat().st_size))
-    return True, f"{newest.name} is not used: {path.name} has"
-
-
-def flipped(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None:
-        return False, ""
-    path = chance.choice(_files(newest))
-    _flip(path, chance.randrange(path.stat().st_size), chance)
-    return True, f"{newest.name} is not used: {path.name} does not match its sha256"
-
-
-def flipped_manifest(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None:
-        return False, ""
-    path = newest / "manifest.json"
-    digits = [i for i, byte in enumerate(path.read_bytes()) if chr(byte).isdigit()]
-    _flip(path, chance.choice(digits), random.Random(0))
-    return True, f"{newest.name} is not used: "
-
-
-def missing(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None:
-        return False, ""
-    path = chance.choice(_files(newest))
-    path.unlink()
-    return True, f"{newest.name} is not used: {path.name} is missing"
-
-
-def swapped(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None or len(_files(newest)) < 2:
-        return False, ""
-    first, second = chance.sample(_files(newest), 2)
-    first.rename(newest / "aside")
-    second.rename(first)
-    (newest / "aside").rename(second)
-    return True, f"{newest.name} is not used: "
-
-
-def latest_broken(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None:
-        return False, ""
-    (newest.parent / "latest").write_text("step-9999999")
-    return True, ""  # nobody reads it but people
-
-
-def planted(run: Path, foreign: Path) -> tuple[bool, str]:
-    """A whole checkpoint whose manifest is another experiment's, sealed as its own program would."""
-    from earlybert.checkpoint import _sealed, read_manifest
-
-    if (newest := _newest(run)) is None:
-        return False, ""
-    name = f"step-{int(newest.name[5:]) + 1:07d}"
-    shutil.rmtree(newest.parent / name, ignore_errors=True)
-    shutil.copytree(foreign, newest.parent / name)
-    manifest = dataclasses.replace(read_manifest(foreign), experiment=FOREIGN)
-    (newest.parent / name / "manifest.json").write_text(_sealed(manifest))
-    return True, f"{name} is not used: its manifest is of another experiment"
-
-
-def left_behind(run: Path, chance: random.Random) -> tuple[bool, str]:
-    if (newest := _newest(run)) is None:
-        return False, ""
-    half = newest.parent / ".partial-step-0000029"
-    shutil.copytree(newest, half, dirs_exist_ok=True)
-    (half / "manifest.json").unlink()
-    return True, ""
-
-
-def _flip(path: Path, at: int, chance: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1 << chance.randrange(8) if chance.random() < 0.9 else 1
-    path.write_bytes(content)
-
-
-# --- the comparison ---
-
-
-def differences(whole: Path, broken: Path) -> list[str]:
-    """What of a run differs from the unbroken one: metrics without times, the last checkpoint, the ticket."""
-    from earlybert import checkpoint
-
-    found = []
-    lines = [_metrics(run) for run in (whole, broken)]
-    if lines[0] != lines[1]:
-        pairs = zip(*lines, strict=False)
-        first = next((a["step"] for a, b in pairs if a != b), min(len(lines[0]), len(lines[1])))
-        found.append(
-            f"metrics.jsonl differs from step {first} on ({len(lines[0])} and {len(lines[1])} lines)"
-        )
-    if [_read(run / "ticket.json") for run in (whole, broken)].count(_read(whole / "ticket.json")) != 2:
-        found.append("ticket.json differs")
-    names = [_last(run) for run in (whole, broken)]
-    if None in names or names[0].name != names[1].name:  # type: ignore[union-attr]
-        return [*found, f"the last checkpoints are {names}"]
-    ours, theirs = (checkpoint.read_manifest(path) for path in names if path is not None)
-    if ours.files != theirs.files:
-        found.append("the files of the last checkpoint differ")
-    for key in ("state", "progress", "logits"):
-        if getattr(ours, key) != getattr(theirs, key):
-            found.append(f"{key} in the last manifest differs")
-    half = [path.name for path in (broken / "checkpoints").glob(".partial-*")]
-    if half:
-        found.append(f"left behind: {half}")
-    for path in (broken / "checkpoints").glob("step-*"):
-        if wrong := checkpoint.flaws(path, checkpoint.read_manifest(path)):
-            found.append(f"{path.name}, a good name: {wrong}")
-    return found
-
-
-def _metrics(run: Path) -> list[dict[str, object]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def _last(run: Path) -> Path | None:
-    return max((run / "checkpoints").glob("step-*"), default=None)
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
 
 
 def _free_port() -> int:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"config", "dist", "shards", "mechanics", "faults"},
+    0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration"},
     1: {
         "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "ticket",
         "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial",
@@ -29,6 +29,7 @@ ONLY_IN = {
 GROUND = "config"
 # A floor has an order inside it where one room stands on another.
 SAME_FLOOR = {
+    ("configuration", "arithmetic"), ("progress", "shrink"),
     ("state", "shrink"), ("checkpoint", "engine"), ("engine", "lifecycle"), ("data", "order"),
     ("data", "masking"), ("data", "packing"), ("packing", "order"), ("packing", "masking"),
     ("data", "mixing"), ("mixing", "order"), ("loader", "data"), ("loader", "masking"),
@@ -48,7 +49,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from [f"{node.module}.{alias.name}" for alias in node.names]
+            room = f"earlybert.{node.module}" if node.level else node.module
+            yield from [f"{room}.{alias.name}" for alias in node.names]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "earlybert").glob("*.py")), ids=lambda path: path.stem)

@@ -17,14 +17,13 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
-from earlybert import model as modelling
+from earlybert import arithmetic
+from earlybert.arithmetic import attend, dropped
 from earlybert.initial import encoder_flops_per_token, initial_value, seeded_model
 from earlybert.model import (
     EarlyBertConfig,
     EarlyBertForMaskedLM,
     EarlyBertForPreTraining,
-    attend,
-    dropped,
 )
 
 SHAPE = {
@@ -502,7 +501,7 @@ def test_the_initial_values_of_a_pre_norm_model_can_be_had_one_by_one():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 37])
 def test_the_loss_in_pieces_equals_torchs_in_value_gradient_and_right_guesses(precision, rows, monkeypatch):
-    monkeypatch.setattr(modelling, "_CACHED", 5 * 71)  # five rows at a time
+    monkeypatch.setattr(arithmetic, "_CACHED", 5 * 71)  # five rows at a time
     generator = torch.Generator().manual_seed(rows)
     logits = (4 * torch.randn(rows, 71, generator=generator)).to(precision)
     logits[:, 60:] = logits[:, :11]  # ties: the first of the best is the guess
@@ -511,7 +510,7 @@ def test_the_loss_in_pieces_equals_torchs_in_value_gradient_and_right_guesses(pr
     labels[::3] = -100
     expected, told = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     reference = functional.cross_entropy(expected.float(), labels, ignore_index=-100, reduction="sum")
-    total, right = modelling._CrossEntropy.apply(told, labels)
+    total, right = arithmetic.CrossEntropy.apply(told, labels)
     assert total.item() == pytest.approx(reference.item(), rel=1e-6)
     assert right == (logits.float().max(-1).indices == labels).sum()
     (512 * reference).backward()

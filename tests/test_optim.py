@@ -9,8 +9,8 @@ import torch
 import ranks
 import tiny
 from earlybert import mechanics, state
-from earlybert.engine import initialize, parameter_groups
-from earlybert.optim import Lamb, Segment, Segments
+from earlybert.engine import initialize
+from earlybert.optim import Lamb, Segment, Segments, parameter_groups
 
 SETTINGS = {"lr": 2e-2, "betas": (0.9, 0.95), "eps": 1e-6, "trust": (0.01, 0.5)}
 

@@ -8,10 +8,10 @@ import torch
 
 from earlybert import dist, mechanics
 from earlybert.adapters import bert_layers, enable_checkpointing
-from earlybert.engine import EarlyBird, Engine, initialize, parameter_groups
+from earlybert.engine import EarlyBird, Engine, initialize
 from earlybert.initial import seeded_model
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
-from earlybert.optim import Lamb
+from earlybert.optim import Lamb, parameter_groups
 from earlybert.shrink import Cut, index_map
 from earlybert.ticket import Kept, TicketSettings
 

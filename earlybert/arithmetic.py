@@ -1,0 +1,114 @@
+"""The parts of a step that are computed otherwise on a CPU than on a GPU: loss, dropout, attention.
+
+Each gives torch's values (dropout: its distribution) in less time or memory; LOG.md has the figures. Exports
+carry a copy, so this file imports nothing of its package.
+
+B sequences, T tokens, N heads, H head size, R rows of logits (lower case: the few at hand), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+IGNORED = -100
+"""A label that is not counted."""
+_CACHED, _LARGEST = 2**18, 2**28
+"""Logits taken at a time in fp32: as many as a core's cache holds, and as many as a GPU's memory spares."""
+ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """(sum of the losses, right guesses) of logits [R, V] in any precision and labels [R], computed in fp32.
+
+    A few rows at a time, so that what lies in between stays in a CPU's cache: the whole softmax in fp32 is
+    the largest tensor of a step, and on a CPU reading and writing it took a third of the time (LOG.md).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits_RV: torch.Tensor, labels_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.rows = max(1, (_CACHED if logits_RV.device.type == "cpu" else _LARGEST) // logits_RV.shape[1])
+        told_R, own_R1 = labels_R != IGNORED, labels_R.clamp(min=0)[:, None]
+        logs, chosen, right = [], [], told_R.new_zeros((), dtype=torch.long)
+        for scores_rV, own_r1, labels_r in zip(
+            logits_RV.split(ctx.rows), own_R1.split(ctx.rows), labels_R.split(ctx.rows), strict=True
+        ):
+            scores_rV = scores_rV.to(torch.float32, copy=True)
+            chosen.append(scores_rV.gather(1, own_r1))
+            best_r1, place_r1 = scores_rV.max(1, keepdim=True)  # in a seventh of argmax's time on a CPU
+            right += (place_r1.squeeze(1) == labels_r).sum()
+            logs.append(scores_rV.sub_(best_r1).exp_().sum(1, keepdim=True).log_().add_(best_r1))
+        log_R1 = torch.cat(logs) if logs else logits_RV.new_zeros((0, 1), dtype=torch.float32)
+        ctx.save_for_backward(logits_RV, told_R, own_R1, log_R1)
+        ctx.mark_non_differentiable(right)
+        lost_R1 = log_R1 - torch.cat(chosen) if chosen else log_R1
+        return lost_R1.squeeze(1).masked_fill(~told_R, 0).sum(), right
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        logits_RV, told_R, own_R1, log_R1 = ctx.saved_tensors
+        result_RV = torch.empty_like(logits_RV)
+        weight_R1 = (gradient * told_R)[:, None]
+        minus_R1 = torch.full_like(log_R1, -1)
+        for first in range(0, len(logits_RV), ctx.rows):
+            rows = slice(first, first + ctx.rows)
+            scores_rV = logits_RV[rows].to(torch.float32, copy=True).sub_(log_R1[rows]).exp_()
+            result_RV[rows] = scores_rV.scatter_add_(1, own_R1[rows], minus_R1[rows]).mul_(weight_R1[rows])
+        return result_RV, None
+
+
+def dropped(x: torch.Tensor, probability: float) -> torch.Tensor:
+    """Dropout in training. On a CPU from 16 random bits an element, which takes a quarter of the time of
+    torch's: `probability` is rounded to a multiple of 2**-16."""
+    if not probability or x.device.type != "cpu":
+        return functional.dropout(x, probability)
+    with torch.no_grad():
+        gone = round(probability * 2**16)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
+        factors = torch.empty(x.shape, dtype=x.dtype)
+        torch.ge(lanes, gone - 2**15, out=factors).mul_(2**16 / (2**16 - gone))
+    return x * factors
+
+
+class Dropout(nn.Dropout):
+    """`dropped` as a module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropped(x, self.p) if self.training else x
+
+
+def attend(
+    q_BNTH: torch.Tensor,
+    k_BNTH: torch.Tensor,
+    v_BNTH: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1 or T, T] or None.
+
+    PyTorch's own, but for training in 16 bits on a CPU: its backward pass there takes 2 to 6 times as long as
+    the plain products (torch 2.13; LOG.md has the figures, tests/test_model.py compares the values).
+    """
+    if q_BNTH.device.type != "cpu" or q_BNTH.dtype == torch.float32 or not q_BNTH.requires_grad:
+        return functional.scaled_dot_product_attention(
+            q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout
+        )
+    scores_BNTT = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNTH.transpose(-1, -2)
+    if mask is not None:
+        # Not -inf: a row of nothing but padding must stay finite.
+        scores_BNTT = scores_BNTT.masked_fill(~mask, torch.finfo(scores_BNTT.dtype).min)
+    return dropped(scores_BNTT.softmax(-1), dropout) @ v_BNTH

@@ -1,0 +1,1 @@
+"""What scripts/torture.py does to runs, and how it looks at what came of them."""
