@@ -3,6 +3,7 @@
     python scripts/bench.py draw|save [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
     python scripts/bench.py train|ticket [--shape mini|base|large] [--length 128] [--batch 32] [--json FILE]
     python scripts/bench.py saving EXPERIMENT [key=value ...] --out DIR [--minutes 120] [--json FILE]
+    python scripts/bench.py recipes EXPERIMENT... --out DIR [--seconds 600] [--json FILE]
     python scripts/bench.py data DUMP EXTRACT... [--json FILE]
 
 draw: the pause of a draw with its parts, beside one checkpoint save of the same run, and the memory of a
@@ -17,6 +18,8 @@ of the shrunken model beside a dense one, and beside what the FLOPs promise.
 saving: how soon the ticket, a random ticket, the ticket's shape from scratch and LayerDrop reach the dense
 run's final held-out loss: whole runs, each arm with its own best learning rate and several seeds, in slices
 of --minutes (the same command goes on).
+
+recipes: held-out loss of several experiments after the same training time, each schedule stretched to it.
 
 data: a Wikipedia dump to prose beside wikiextractor and mwparserfromhell (pip install both), prose to shards
 beside tokenizers' own encode_batch, the loader beside transformers' collator, and the memory of a
@@ -64,6 +67,7 @@ def main() -> int:
         "--kind", action="append", help="ours, trainer, trainer-ranks, trainer-deepspeed, deepspeed"
     )
     ticket = commands.add_parser("ticket", help="what the search costs a step, and what the ticket saves")
+    ticket.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
     for command in (train, ticket):
         command.add_argument("--shape", choices=SHAPES, default="mini")
         command.add_argument("--length", type=int, default=128, help="tokens a row")
@@ -91,13 +95,24 @@ def main() -> int:
     saving.add_argument("--also", action="append", help="a variant of the ticket: 'NAME: key=value ...'")
     saving.add_argument("--ranks", type=int, default=2)
     saving.add_argument("--plot", type=Path, help="draw the loss over time here, once all is done")
-    for command in (draw, save, data, train, ticket, saving):
+    recipes = commands.add_parser("recipes", help="held-out loss of recipes after the same training time")
+    recipes.add_argument("experiment", type=Path, nargs="+", help="experiment files, the baseline first")
+    recipes.add_argument("--out", type=Path, required=True, help="folder of the runs; what is done is kept")
+    recipes.add_argument("--seconds", type=float, default=600, help="of training, each")
+    recipes.add_argument("--minutes", type=float, default=120, help="then stop; the same command goes on")
+    recipes.add_argument("--seeds", type=int, default=1)
+    recipes.add_argument("--samples", type=int, default=1024, help="held-out rows of an evaluation")
+    recipes.add_argument("--evaluations", type=int, default=12, help="of a run")
+    recipes.add_argument("--set", dest="override", action="append", default=[], metavar="key=value")
+    recipes.add_argument("--ranks", type=int, default=2)
+    recipes.add_argument("--plot", type=Path, help="draw the loss over time here")
+    for command in (draw, save, data, train, ticket, saving, recipes):
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.command in ("data", "train", "ticket", "saving"):
+    if arguments.command in ("data", "train", "saving", "recipes"):
         measured = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = measured.measure(arguments)
-        measured.tell(figures, *([arguments.plot] if arguments.command == "saving" else []))
+        measured.tell(figures, *([arguments.plot] if "plot" in arguments else []))
         _keep(figures, arguments.json)
         return 0
     return _rank(arguments) if "EARLYBERT_BENCH" in os.environ else _start(arguments)

@@ -1,4 +1,4 @@
-"""`bench.py saving`: curves read right, and slices that go on where the one before stopped."""
+"""`bench.py saving` and `recipes`: curves read right, and slices that go on where the one before stopped."""
 
 import json
 import sys
@@ -9,19 +9,50 @@ import pytest
 
 from corpora import random_documents, write_corpus
 from earlybert.config import to_toml
+from earlybert.experiment import load
 from ranks import launch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
-def saving():
+def benchmarks():
     sys.path.insert(0, str(SCRIPTS))
     try:
-        from benchmarks import saving
+        from benchmarks import recipes, saving
     finally:
         sys.path.remove(str(SCRIPTS))
-    return saving
+    return saving, recipes
+
+
+@pytest.fixture
+def saving(benchmarks, tmp_path, monkeypatch):
+    def start(command, *, ranks, log):  # real processes still, forked from the tests' server
+        return launch(command[1], command[2:], ranks=ranks, logs=tmp_path)
+
+    monkeypatch.setattr(benchmarks[0], "start", start)
+    return benchmarks[0]
+
+
+@pytest.fixture
+def recipes(benchmarks, saving):
+    return benchmarks[1]
+
+
+def experiment(folder):
+    """The values of a tiny experiment with a ticket, on a corpus of random tokens in `folder`."""
+    write_corpus(folder / "corpus", random_documents(60, longest=120))
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    return {
+        "name": "saving", "deepspeed": str(folder / "ds.json"), "log_every": 1,
+        "model": {"layers": 2, "hidden": 32, "heads": 4, "neurons": 48, "positions": 32, "dropout": 0.0},
+        "data": {"corpus": str(folder / "corpus"), "held_out": 0.1, "workers": 0},
+        "phases": [{"steps": 10, "sequence_length": 16, "batch": 4, "micro_batch": 2, "learning_rate": 1e-3}],
+        "ticket": {
+            "every": 1, "minimum_step": 4, "latest_step": 4, "neuron_multiple": 1, "minimum_neurons": 1,
+        },
+        "evaluate": {"every": 5, "samples": 8},
+    }  # fmt: skip
 
 
 def test_the_time_to_a_loss_lies_on_the_line_between_two_evaluations(saving):
@@ -41,26 +72,8 @@ def test_time_is_that_of_steps_and_draws_and_not_of_evaluations(saving, tmp_path
     assert saving.curve(tmp_path) == saving.Curve((0, 6), (0.0, 4.0), (9.0, 7.0))
 
 
-def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tickets_shape(
-    saving, tmp_path, monkeypatch
-):
-    def start(command, *, ranks, log):  # real processes still, forked from the tests' server
-        return launch(command[1], command[2:], ranks=ranks, logs=tmp_path)
-
-    monkeypatch.setattr(saving, "start", start)
-    write_corpus(tmp_path / "corpus", random_documents(60, longest=120))
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    values = {
-        "name": "saving", "deepspeed": "ds.json", "log_every": 1,
-        "model": {"layers": 2, "hidden": 32, "heads": 4, "neurons": 48, "positions": 32, "dropout": 0.0},
-        "data": {"corpus": str(tmp_path / "corpus"), "held_out": 0.1, "workers": 0},
-        "phases": [{"steps": 10, "sequence_length": 16, "batch": 4, "micro_batch": 2, "learning_rate": 1e-3}],
-        "ticket": {
-            "every": 1, "minimum_step": 4, "latest_step": 4, "neuron_multiple": 1, "minimum_neurons": 1,
-        },
-        "evaluate": {"every": 5, "samples": 8},
-    }  # fmt: skip
-    (tmp_path / "e.toml").write_text(to_toml(values))
+def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tickets_shape(saving, tmp_path):
+    (tmp_path / "e.toml").write_text(to_toml(experiment(tmp_path)))
     arguments = Namespace(
         experiment=tmp_path / "e.toml", override=[], out=tmp_path / "runs", minutes=0.0, rates=[1e-3, 3e-3],
         seeds=1, share=0.8, arm=["dense", "ticket", "random", "scratch"], ranks=1, also=None,
@@ -93,3 +106,40 @@ def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tick
     assert tickets[0]["neurons"] != tickets[1]["neurons"] and tickets[1]["step"] == tickets[0]["step"] == 4
     assert saving.measure(arguments) == told, "nothing is done twice"
     assert done == {path: path.stat().st_mtime_ns for path in done}
+
+
+def test_a_schedule_is_stretched_in_proportion(recipes):
+    assert recipes.stretched([100, 300], [0.1, 0.2], seconds=140) == [200, 600]
+    assert recipes.stretched([1000, 1], [1.0, 1.0], seconds=10) == [10, 1], "no phase goes"
+
+
+def test_recipes_get_the_same_time_and_the_same_held_out_rows_and_slices_go_on(recipes, tmp_path):
+    values = experiment(tmp_path)
+    (tmp_path / "classic.toml").write_text(to_toml(values))
+    longer = {**values["phases"][0], "batch": 8, "sequence_length": 32, "decay": "stable"}
+    values["phases"].append(longer)
+    values["data"] = {**values["data"], "mask_probability": 0.3}
+    (tmp_path / "modern.toml").write_text(to_toml(values))
+    arguments = Namespace(
+        experiment=[tmp_path / "classic.toml", tmp_path / "modern.toml"], override=[], out=tmp_path / "runs",
+        minutes=0.0, seconds=0.3, seeds=1, samples=8, evaluations=2, ranks=1,
+    )  # fmt: skip
+    assert recipes.measure(arguments)["recipes"] == {}, "no time, no run"
+    arguments.minutes = 10.0
+    told = recipes.measure(arguments)
+    for name in ("classic", "modern"):
+        trial = [json.loads(t) for t in (tmp_path / "runs" / f"trial-{name}" / "metrics.jsonl").open()]
+        warm = {line["phase"]: line["step_seconds"] for line in trial if "step_seconds" in line}
+        run = load(tmp_path / "runs" / f"{name}-1" / "experiment.toml", [])[0]
+        steps = [phase.steps for phase in run.phases]
+        assert steps == recipes.stretched(
+            [10] * len(steps), [warm[n] for n in range(len(steps))], seconds=0.3
+        )
+        assert not run.ticket.enabled and run.held_out.mask_probability == 0.15
+        row, curve = told["recipes"][name], told["curves"][name][0]
+        assert row["steps"] == sum(steps) == curve["steps"][-1]
+        assert row["final_loss"] == [curve["losses"][-1]] and row["seconds"][0] > 0
+        assert row["tokens"] == sum(p.steps * p.batch * p.sequence_length for p in run.phases)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
+    assert recipes.measure(arguments) == told, "nothing is done twice"
+    assert len(done) == 4 and done == {path: path.stat().st_mtime_ns for path in done}

@@ -168,10 +168,10 @@ def tell(told: dict[str, Any], path: Path | None = None) -> None:
             f"{_spread(row['loss_at_equal_time'], '{:.4f}')} |"
         )
     if path is not None:
-        _plot(told, path)
+        plot(told, path)
 
 
-def _plot(told: dict[str, Any], path: Path) -> None:
+def plot(told: dict[str, Any], path: Path) -> None:
     """Held-out loss over training time, a line an arm (the median seed's end)."""
     from matplotlib.figure import Figure
 
@@ -210,18 +210,29 @@ def _done(run: Run, out: Path) -> bool:
 
 def _finish(run: Run, arguments: argparse.Namespace, *, deadline: float) -> bool:
     """Take a run to its end; False where the time is up before."""
-    if _done(run, arguments.out):
+    if _done(run, arguments.out):  # then the files that its words come from may be gone
+        return True
+    words = [str(arguments.experiment), *_words(run, arguments)]
+    return finished(run.name, words, out=arguments.out, ranks=arguments.ranks, deadline=deadline)
+
+
+def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, deadline: float) -> bool:
+    """Take the run of `words` to its end in `out`/`name`; False where the time is up before.
+
+    A run that has ended once is left alone, one that was stopped goes on. Raises RuntimeError with the log's
+    end where it fails.
+    """
+    if (out / name / "done").exists():
         return True
     if time.monotonic() >= deadline:
         return False
-    words = [str(arguments.experiment), *_words(run, arguments)]
     began = time.monotonic()
-    codes = _launch(words, ranks=arguments.ranks, deadline=deadline, log=arguments.out / f"{run.name}.log")
+    codes = _launch([*words, f"name={name}"], ranks=ranks, deadline=deadline, log=out / f"{name}.log")
     if set(codes) == {0}:
-        (arguments.out / run.name / "done").touch()
-        held = curve(arguments.out / run.name)
+        (out / name / "done").touch()
+        held = curve(out / name)
         print(
-            f"{run.name}: {held.final:.4f} after {held.steps[-1]:,} steps, {held.seconds[-1]:,.0f} s "
+            f"{name}: {held.final:.4f} after {held.steps[-1]:,} steps, {held.seconds[-1]:,.0f} s "
             f"({time.monotonic() - began:,.0f} s with evaluations, saves and its start)",
             file=sys.stderr,
             flush=True,
@@ -229,8 +240,8 @@ def _finish(run: Run, arguments: argparse.Namespace, *, deadline: float) -> bool
         return True
     if set(codes) == {_STOPPED}:
         return False
-    log = (arguments.out / f"{run.name}.log").read_text(errors="replace")[-3000:]
-    raise RuntimeError(f"{run.name} ended with {codes}:\n{log}")
+    log = (out / f"{name}.log").read_text(errors="replace")[-3000:]
+    raise RuntimeError(f"{name} ended with {codes}:\n{log}")
 
 
 def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
@@ -238,7 +249,7 @@ def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
     from earlybert.experiment import load
 
     settings, _ = load(arguments.experiment, arguments.override)
-    words = [f"name={run.name}", f"runs={arguments.out}", f"seed={run.seed}", *arguments.override]
+    words = [f"runs={arguments.out}", f"seed={run.seed}", *arguments.override]
     words += [f"phases.{number}.learning_rate={run.rate:g}" for number in range(len(settings.phases))]
     if run.arm == "dense":
         return [*words, "ticket.enabled=false"]

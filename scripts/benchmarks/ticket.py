@@ -1,71 +1,134 @@
-"""What the search costs a step and what the ticket saves: the same command without a ticket, while it
-searches, and after a draw at its third step, in turn; beside the FLOPs that the shapes promise."""
+"""What the search costs a step and what the ticket saves: a dense, a searching and a shrunken engine in the
+same ranks take their steps in turn; beside the FLOPs that the shapes promise.
+
+Steps in turn within one process see the same machine at the same moment, so a few per cent show; whole
+programs one after the other do not (LOG.md). A look at the coefficients comes every so many steps: its cost
+is spread over them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
-import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import train
+from benchmarks.engines import SHAPES, VOCABULARY
 
-_KINDS = {
-    "dense": "enabled = false",
-    "search": "minimum_step = {last}\nlatest_step = {last}",
-    "shrunken": "every = 1\nminimum_step = 3\nlatest_step = 3",
-}
-"""Settings of the ticket; a search that draws in the last step, which is not timed."""
+_LOOKS = 4
+"""Steps from look to look here, where each is timed; a run has `TicketSettings.every`."""
+_NEVER = 10**6
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    folder = Path(tempfile.mkdtemp())
-    try:
-        job = train.prepare(arguments, folder)
-        last = train.last_step(job)
-        seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
-        ticket: dict[str, Any] = {}
-        for _ in range(arguments.rounds):
-            for kind, settings in _KINDS.items():
-                job["ticket"] = settings.format(last=last)
-                rate = train.run_program("ours", job)["tokens_per_second"]
-                seconds[kind].append(job["batch"] * job["length"] / rate)
-                print(f"{kind}: {seconds[kind][-1]:.4f} s a step", file=sys.stderr, flush=True)
-                if kind == "shrunken":
-                    ticket = json.loads((folder / "runs" / "bench" / "ticket.json").read_text())
-        widths = [list(map(len, ticket[part])) for part in ("heads", "neurons")]
-        dense, small = (train.flops_per_token(job["shape"], job["length"], widths=w) for w in (None, widths))
-        medians = {kind: statistics.median(found) for kind, found in seconds.items()}
-        return {
-            **job, **train.about(), "folder": None, "ticket": None, "seconds": medians, "all": seconds,
-            "flops_ratio": small / dense, "search_ratio": medians["search"] / medians["dense"],
-            "ticket_ratio": medians["shrunken"] / medians["dense"],
-        }  # fmt: skip
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """JSON types; times in seconds."""
+    import torch
+
+    from earlybert import dist
+    from earlybert.masking import predictions_a_row
+    from earlybert.ticket import TicketSettings
+
+    settings = {
+        "dense": TicketSettings(enabled=False),
+        "search": TicketSettings(every=_LOOKS, minimum_step=_NEVER, latest_step=_NEVER),
+        "shrunken": TicketSettings(every=1, minimum_step=1, latest_step=1),
+    }
+    engines = {kind: _engine(arguments, ticket) for kind, ticket in settings.items()}
+    share = arguments.batch // arguments.ranks
+    guesses = predictions_a_row(arguments.length, probability=0.15)
+    guessed = torch.rand(share, arguments.length).topk(guesses).indices
+    batch = {
+        "input_ids": torch.randint(5, VOCABULARY, (share, arguments.length)),
+        "masked_positions": guessed,
+        "masked_labels": torch.randint(5, VOCABULARY, guessed.shape),
+    }
+    for engine in engines.values():
+        for _ in range(3):
+            _step(engine, batch)
+    times: dict[str, list[float]] = {kind: [] for kind in [*engines, "look"]}
+    for number in range(arguments.rounds * arguments.steps):
+        order = list(engines) if number % 2 else list(engines)[::-1]
+        for kind in order:
+            engine = engines[kind]
+            dist.barrier()
+            seconds = _step(engine, batch)
+            looked = kind == "search" and engine.global_steps % _LOOKS == 0
+            times["look" if looked else kind].append(seconds)
+    config = engines["shrunken"].module.config
+    widths = [config.heads_per_layer, config.neurons_per_layer]
+    for engine in engines.values():
+        engine.close()
+    dense, small = (
+        train.flops_per_token(arguments.shape, arguments.length, widths=w) for w in (None, widths)
+    )
+    medians = {kind: statistics.median(taken) for kind, taken in times.items()}
+    look = (medians["look"] - medians["search"]) / TicketSettings().every
+    return {
+        "length": arguments.length, "batch": arguments.batch, "seconds": medians, "widths": widths,
+        "quartiles": {kind: statistics.quantiles(taken, n=4) for kind, taken in times.items()},
+        "flops_ratio": small / dense, "search_ratio": (medians["search"] + look) / medians["dense"],
+        "ticket_ratio": medians["shrunken"] / medians["dense"], "every": TicketSettings().every,
+    }  # fmt: skip
 
 
 def tell(figures: dict[str, Any]) -> None:
     print(
         f"{figures['shape']}, {figures['length']} tokens, global batch {figures['batch']}, bf16, "
-        f"{figures['ranks']} ranks; {figures['machine']}\n"
+        f"ZeRO-{figures['stage']}, {figures['ranks']} ranks; {figures['device']}\n"
     )
-    print("| step | seconds (least to most) | of dense | promised by FLOPs |")
+    print("| step | seconds (middle half) | of dense | promised by FLOPs |")
     print("|---|---|---|---|")
-    ratios = {"dense": (1.0, 1.0), "search": (figures["search_ratio"], 1.0)}
-    ratios["shrunken"] = (figures["ticket_ratio"], figures["flops_ratio"])
-    for kind, (ratio, promised) in ratios.items():
-        found = figures["all"][kind]
+    promised = {"shrunken": figures["flops_ratio"]}
+    for kind, seconds in figures["seconds"].items():
+        low, _, high = figures["quartiles"][kind]
         print(
-            f"| {kind} | {figures['seconds'][kind]:.4f} ({min(found):.4f} to {max(found):.4f}) | {ratio:.3f} "
-            f"| {promised:.3f} |"
+            f"| {kind} | {seconds:.4f} ({low:.4f} to {high:.4f}) "
+            f"| {seconds / figures['seconds']['dense']:.3f} | {promised.get(kind, 1.0):.3f} |"
         )
     reached = figures["flops_ratio"] / figures["ticket_ratio"]
     print(
-        f"\nthe search costs {figures['search_ratio'] - 1:.1%} of a step; the ticket's step reaches "
-        f"{reached:.1%} of the speed-up that its FLOPs promise"
+        f"\nthe search costs {figures['search_ratio'] - 1:.1%} of a step (a look every {figures['every']} "
+        f"steps among it); the ticket's step reaches {reached:.1%} of the speed-up that its FLOPs promise"
     )
+
+
+def _engine(arguments: argparse.Namespace, ticket: Any) -> Any:
+    """An engine of the shape under the shipped JSON of the stage."""
+    import torch
+
+    from earlybert import mechanics
+    from earlybert.engine import initialize
+    from earlybert.initial import seeded_model
+    from earlybert.model import EarlyBertConfig
+    from earlybert.progress import EarlyBird
+
+    sizes = SHAPES[arguments.shape]
+    config = EarlyBertConfig(
+        vocab_size=VOCABULARY, hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"], intermediate_size=4 * sizes["hidden"],
+        max_position_embeddings=arguments.length, coefficients="train" if ticket.enabled else "none",
+    )  # fmt: skip
+    path = Path(__file__).parents[2] / "ds_configs" / f"zero{arguments.stage}_bf16.json"
+    share = arguments.batch // arguments.ranks
+    return initialize(
+        model=seeded_model(config, seed=1),
+        config=mechanics.complete(mechanics.load(path)[0], micro_batch=share, accumulation=1, clipping=1.0),
+        early_bird=EarlyBird(ticket, seed=1),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True),
+    )
+
+
+def _step(engine: Any, batch: dict[str, Any]) -> float:
+    import torch
+
+    began = time.perf_counter()
+    on_device = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+    loss = engine(**on_device).loss
+    engine.backward(loss)
+    del loss
+    engine.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

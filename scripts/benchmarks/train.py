@@ -28,7 +28,7 @@ _SCRIPTS = Path(__file__).resolve().parent.parent
 _WARM = 5
 """Steps before the clock counts."""
 _REST = 5
-"""Steps after the clock has stopped."""
+"""Steps of ours after the clock has stopped: it evaluates and saves there."""
 _VOCABULARY = 30_592
 KINDS = ("ours", "trainer", "trainer-ranks", "trainer-deepspeed", "deepspeed")
 Figures = dict[str, Any]
@@ -69,7 +69,6 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Figures:
     return {
         "folder": str(folder), "shape": arguments.shape, "length": arguments.length,
         "batch": arguments.batch, "steps": arguments.steps, "ranks": arguments.ranks,
-        "ticket": "enabled = false",
     }  # fmt: skip
 
 
@@ -113,11 +112,6 @@ def flops_per_token(shape: str, length: int, *, widths: list[list[int]] | None =
     guessed = predictions_a_row(length, probability=0.15) / length
     head = 2 * sizes["hidden"] * (_VOCABULARY + sizes["hidden"]) * guessed
     return 3 * (encoder_flops_per_token(config, sequence_length=length) + head)
-
-
-def last_step(job: Figures) -> int:
-    """Of our program: its last few steps are not timed, since it evaluates, saves and may draw there."""
-    return _WARM + job["steps"] + _REST
 
 
 def _corpus(folder: Path, *, length: int) -> None:
@@ -247,7 +241,7 @@ batch = {batch}
 micro_batch = {share}
 learning_rate = 1e-4
 [ticket]
-{ticket}
+enabled = false
 [evaluate]
 every = 100000
 samples = 1
@@ -267,7 +261,7 @@ def _ours(job: Figures) -> None:
         shutil.rmtree(runs, ignore_errors=True)
         text = _EXPERIMENT.format(
             runs=runs, json=_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json", corpus=folder / "corpus",
-            total=last_step(job), share=job["batch"] // job["ranks"], **sizes, **job,
+            total=_WARM + job["steps"] + _REST, share=job["batch"] // job["ranks"], **sizes, **job,
         )  # fmt: skip
         (folder / "experiment.toml").write_text(text)
     else:

@@ -1,0 +1,33 @@
+"""`bench.py ticket` at a shape of no size: what is timed is what the table says."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def test_the_step_of_the_search_and_of_the_ticket_are_held_against_the_dense_one(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmarks import engines, ticket
+
+    monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
+    arguments = Namespace(shape="tiny", length=16, batch=2, ranks=1, stage=1, steps=6, rounds=2)
+    figures = ticket.measure(arguments, Path())
+    heads, neurons = figures["widths"]
+    assert sum(heads) < 8 and sum(neurons) < 256, "drawn at its first step"
+    dense, small = (
+        2 * 2 * (32 * 4 * h * 8 + 2 * 16 * h * 8 + 2 * 32 * n)
+        for h, n in (([4, 4], [128, 128]), (heads, neurons))
+        for h, n in [(sum(h) / 2, sum(n) / 2)]
+    )
+    assert 0 < small < dense
+    head = 2 * 32 * (engines.VOCABULARY + 32) * (2 / 16)
+    assert figures["flops_ratio"] == pytest.approx((small + head) / (dense + head), rel=0.02)
+    middle = figures["seconds"]
+    look = (middle["look"] - middle["search"]) / figures["every"]
+    assert figures["search_ratio"] == pytest.approx((middle["search"] + look) / middle["dense"])
+    assert figures["ticket_ratio"] == pytest.approx(middle["shrunken"] / middle["dense"])
+    ticket.tell({**figures, "shape": "tiny", "stage": 1, "ranks": 1, "device": "here"})
+    assert "| shrunken |" in capsys.readouterr().out
