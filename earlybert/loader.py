@@ -27,6 +27,7 @@ from earlybert.data import PackedSamples, Position
 from earlybert.masking import IGNORED
 
 MicroBatch = dict[str, torch.Tensor]
+Rows = dict[str, np.ndarray]
 
 _PREFETCHED = 4  # micro-batches a worker
 
@@ -70,11 +71,15 @@ class Loader:
             rank=rank,
             world_size=world_size,
         )
+        # Small arrays come through a worker's pipe in a quarter of the time of tensors, each of which is a
+        # file of shared memory to hand over and to map; but only tensors are pinned by the loader's thread.
+        self._arrays = not pin_memory
         # The loader draws its base seed from a generator: its own, or dropout's stream would move by one.
         batches: DataLoader[Any] = DataLoader(
             slices,
             sampler=_Numbers(),
             batch_size=None,
+            collate_fn=_as_they_are if self._arrays else None,
             num_workers=workers,
             pin_memory=pin_memory,
             prefetch_factor=_PREFETCHED if workers else None,
@@ -82,7 +87,7 @@ class Loader:
             multiprocessing_context="forkserver" if workers else None,  # loader_server says why
             generator=torch.Generator(),
         )
-        self._batches: Iterator[MicroBatch] | None = iter(batches)
+        self._batches: Iterator[Any] | None = iter(batches)
         atexit.register(self.close)
 
     @property
@@ -97,7 +102,7 @@ class Loader:
         assert self._batches is not None, "the loader was closed"
         batch = next(self._batches)
         self._handed += 1
-        return batch
+        return _tensors(batch) if self._arrays else batch
 
     def close(self) -> None:
         """Stop the workers; calling again does nothing."""
@@ -134,7 +139,7 @@ def held_out_batches(
         yield _tensors(rows)
 
 
-class _MicroBatches(Dataset[MicroBatch]):
+class _MicroBatches(Dataset[Rows]):
     """Micro-batch number i of one rank, counted from the loader's start."""
 
     def __init__(
@@ -152,14 +157,14 @@ class _MicroBatches(Dataset[MicroBatch]):
         self._micro_batches = micro_batches
         self._accumulation, self._rank, self._world_size = accumulation, rank, world_size
 
-    def __getitem__(self, index: int) -> MicroBatch:
+    def __getitem__(self, index: int) -> Rows:
         batch, m = divmod(index, self._accumulation)
         number = m * self._world_size + self._rank
         if number >= self._micro_batches:
             number -= self._world_size
         first = self._start + (batch * self._micro_batches + number) * self._micro_batch
         ids, epochs = self._samples.ids(np.arange(first, first + self._micro_batch))
-        return _tensors(self._samples.rows(ids, epochs=epochs))
+        return self._samples.rows(ids, epochs=epochs)
 
 
 class _Numbers:
@@ -169,8 +174,12 @@ class _Numbers:
         return itertools.count()
 
 
-def _tensors(rows: dict[str, np.ndarray]) -> MicroBatch:
+def _tensors(rows: Rows) -> MicroBatch:
     return {name: torch.from_numpy(array) for name, array in rows.items()}
+
+
+def _as_they_are(rows: Any) -> Any:
+    return rows
 
 
 def _begin_worker(owner: int, _worker: int) -> None:

@@ -436,14 +436,14 @@ def test_a_run_resumed_anywhere_on_any_number_of_ranks_continues_exactly(
     assert_same(global_batches(samples, world_size=worlds[1], count=2, position=position), unbroken[steps:])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "pinned"), [(1, False), (2, False), (1, True)])
 def test_workers_change_nothing_and_the_position_counts_what_was_handed_out(
-    corpus: Corpus, workers: int
+    corpus: Corpus, workers: int, pinned: bool
 ) -> None:
     samples = packed(corpus)
     with loading(samples, accumulation=2) as loader:
         expected = take(loader, 20)
-    with loading(samples, accumulation=2, workers=workers) as loader:
+    with loading(samples, accumulation=2, workers=workers, pin_memory=pinned) as loader:
         assert loader.position == samples.position(0)
         first = take(loader, 7)
         assert loader.position == samples.position(3 * 8), "half a global batch counts as none"
