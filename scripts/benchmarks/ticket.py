@@ -1,5 +1,5 @@
 """What the search costs a step and what the ticket saves: a dense, a searching and a shrunken engine in the
-same ranks take their steps in turn; beside the FLOPs that the shapes promise.
+same ranks take a few steps each in turn; beside the FLOPs that the shapes promise.
 
 Steps in turn within one process see the same machine at the same moment, so a few per cent show; whole
 programs one after the other do not (LOG.md). A look at the coefficients comes every so many steps: its cost
@@ -45,17 +45,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "masked_labels": torch.randint(5, VOCABULARY, guessed.shape),
     }
     for engine in engines.values():
-        for _ in range(3):
+        for _ in range(_LOOKS + 1):  # a look is never a block's first step
             _step(engine, batch)
     times: dict[str, list[float]] = {kind: [] for kind in [*engines, "look"]}
-    for number in range(arguments.rounds * arguments.steps):
-        order = list(engines) if number % 2 else list(engines)[::-1]
-        for kind in order:
-            engine = engines[kind]
-            dist.barrier()
-            seconds = _step(engine, batch)
-            looked = kind == "search" and engine.global_steps % _LOOKS == 0
-            times["look" if looked else kind].append(seconds)
+    for _ in range(-(-arguments.rounds * arguments.steps // (_LOOKS - 1))):
+        for kind, engine in engines.items():
+            for number in range(_LOOKS):
+                dist.barrier()
+                seconds = _step(engine, batch)
+                looked = kind == "search" and engine.global_steps % _LOOKS == 0
+                if number:  # the first after another engine's finds its memory cold
+                    times["look" if looked else kind].append(seconds)
     config = engines["shrunken"].module.config
     widths = [config.heads_per_layer, config.neurons_per_layer]
     for engine in engines.values():
