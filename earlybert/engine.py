@@ -340,11 +340,7 @@ class Engine:
         old = self.adapter.layers(config)
         last = len(self.progress.tickets) + 1 >= settings.draws
         clock = _Clock()
-        anchor = self.anchor if settings.start == "rewind" else None
-        rates = Rates(self.inner)
-        kept = cutting.cut_state(
-            self.inner, self.adapter, ticket, settings=settings, last=last, anchor=anchor
-        )
+        kept, rates = self._cut_state(ticket, last=last), Rates(self.inner)
         clock.lap("read")
         faults.point("draw.read")
         bare = self.adapter.shape(self.module).coefficients == "none"
@@ -371,6 +367,15 @@ class Engine:
         self.draw_seconds = clock.laps
         if self._bird.on_draw is not None:
             self._bird.on_draw(self, ticket)
+
+    def _cut_state(self, ticket: Ticket, *, last: bool) -> state.State:
+        """The state, or that of the step to rewind to, cut to the ticket. Collective."""
+        assert self._bird is not None
+        settings = self._bird.settings
+        anchor = self.anchor if settings.start == "rewind" else None
+        return cutting.cut_state(
+            self.inner, self.adapter, ticket, settings=settings, last=last, anchor=anchor
+        )
 
     def _build(self, config: Any) -> torch.nn.Module:
         """A fresh module of this shape; its values do not matter, the state comes from `seed`."""
