@@ -436,6 +436,7 @@ def test_a_run_resumed_anywhere_on_any_number_of_ranks_continues_exactly(
     assert_same(global_batches(samples, world_size=worlds[1], count=2, position=position), unbroken[steps:])
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # where there is no GPU to pin for
 @pytest.mark.parametrize(("workers", "pinned"), [(1, False), (2, False), (1, True)])
 def test_workers_change_nothing_and_the_position_counts_what_was_handed_out(
     corpus: Corpus, workers: int, pinned: bool
