@@ -1,6 +1,6 @@
 """What a run remembers and tells: the sums of the open progress line, held-out loss, metrics, lines of text.
 
-Nothing here decides anything; `trainer` calls it with what happened.
+Nothing here decides anything or changes a weight; `trainer` calls it with what happened.
 """
 
 from __future__ import annotations

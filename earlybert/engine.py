@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -26,6 +26,7 @@ from earlybert import baselines, cutting, dist, faults, guard, mechanics, state,
 from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
 from earlybert.lifecycle import (
+    OutputMarks,
     check_config,
     check_optimizer,
     empty_module,
@@ -42,7 +43,6 @@ from earlybert.ticket import Ticket, TicketSettings
 
 Restored = tuple[state.State, state.State | None]
 """A state, and the anchor to rewind to where a draw that rewinds is still to come."""
-_HOOKS = "_backward_hook_managers"
 
 
 def initialize(
@@ -121,7 +121,7 @@ class Engine:
         self.grad_norm: float | None = None
         """Global gradient norm of the last step, before clipping; None before the first one."""
         self._loss_scale = LossScale()
-        self._hooked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self._marks = OutputMarks()
         self.adapter = adapter_of(model, searched=bird is not None)
         self._checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
         self._dampers: dict[str, tuple[int, torch.Tensor]] = {}
@@ -143,11 +143,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.inner(*args, **kwargs)
-        # DeepSpeed hangs a closure over the engine on the first output tensor: note it, `close` takes it off
-        # again.
-        for tensor in _tensors(output):
-            if hasattr(tensor, _HOOKS):
-                self._hooked[id(tensor)] = tensor
+        self._marks.note(output)
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -263,8 +259,7 @@ class Engine:
         """Tear the inner engine down so that nothing of it stays alive. Idempotent."""
         inner = self.__dict__.pop("inner", None)
         if inner is not None:
-            for tensor in list(self._hooked.values()):
-                tensor.__dict__.pop(_HOOKS, None)
+            self._marks.remove()
             if self._compile_options is not None:
                 torch._dynamo.reset()  # its graphs hold the module
             watched = {"engine": weakref.ref(inner), "module": weakref.ref(inner.module)}
@@ -440,17 +435,6 @@ class Engine:
         if bird.settings.rewarmup_steps and self.progress.tickets:
             base = getattr(self.inner.optimizer, "optimizer", self.inner.optimizer)
             warm_up(base, lambda: self.warming)
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
 
 
 class _Clock:

@@ -31,6 +31,7 @@ from earlybert.config import EarlyBertError, SettingsError
 
 log = logging.getLogger(__name__)
 
+_OUTPUT_MARK = "_backward_hook_managers"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """malloc.h"""
 _MANY_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -218,6 +219,34 @@ def tear_down(inner: Any) -> None:
         clear = getattr(cell.cell_contents, "cache_clear", None)
         if clear is not None:
             clear()
+
+
+class OutputMarks:
+    """The closures over an engine that DeepSpeed hangs on outputs, which may outlive it."""
+
+    def __init__(self) -> None:
+        self._marked: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+    def note(self, output: Any) -> None:
+        """Remember the marked tensors of an output, as long as they live."""
+        for tensor in _tensors(output):
+            if hasattr(tensor, _OUTPUT_MARK):
+                self._marked[id(tensor)] = tensor
+
+    def remove(self) -> None:
+        for tensor in list(self._marked.values()):
+            tensor.__dict__.pop(_OUTPUT_MARK, None)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
 
 
 def warn_of_survivors(torn_down: Mapping[str, weakref.ref[Any]]) -> None:

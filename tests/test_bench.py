@@ -24,7 +24,7 @@ def test_the_step_of_the_search_and_of_the_ticket_are_held_against_the_dense_one
     )
     assert 0 < small < dense
     head = 2 * 32 * (engines.VOCABULARY + 32) * (2 / 16)
-    assert figures["flops_ratio"] == pytest.approx((small + head) / (dense + head), rel=0.02)
+    assert figures["flops_ratio"] == pytest.approx((small + head) / (dense + head), rel=1e-6)
     middle = figures["seconds"]
     look = (middle["look"] - middle["search"]) / figures["every"]
     assert figures["search_ratio"] == pytest.approx((middle["search"] + look) / middle["dense"])

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import parameters, searching_engine, step
+from benchmarks.engines import engine_of, parameters, step
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from earlybert import checkpoint, dist
     from earlybert.ticket import TicketSettings
 
-    engine = searching_engine(
+    engine = engine_of(
         arguments, TicketSettings(minimum_step=3, latest_step=3, every=3, moments=arguments.moments)
     )
     count = parameters(engine)

@@ -1,4 +1,4 @@
-"""A searching engine of a shape's true widths with random weights, and a step of it on random tokens."""
+"""An engine of a shape's true widths with random weights, and a step of it on random tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def searching_engine(arguments: argparse.Namespace, ticket: Any) -> Any:
-    """A searching engine of the shape, in bf16."""
+def engine_of(
+    arguments: argparse.Namespace, ticket: Any, *, config: dict[str, Any] | None = None, positions: int = 512
+) -> Any:
+    """An engine of the shape, in bf16; it searches where `ticket` is enabled.
+
+    `config`: a DeepSpeed JSON's values; without it one row a step, in small buckets.
+    """
     import torch
 
     from earlybert.engine import initialize
@@ -41,33 +46,38 @@ def searching_engine(arguments: argparse.Namespace, ticket: Any) -> Any:
             num_hidden_layers=shape["layers"],
             num_attention_heads=shape["heads"],
             intermediate_size=4 * shape["hidden"],
-            coefficients="train",
+            max_position_embeddings=positions,
+            coefficients="train" if ticket.enabled else "none",
         )
     )
-    zero = {"stage": arguments.stage, "reduce_bucket_size": 2_000_000}
+    own = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": arguments.stage, "reduce_bucket_size": 2_000_000},
+    }
     return initialize(
         model=model,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": True},
-            "zero_optimization": zero,
-        },
+        config=config or own,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True),
         early_bird=EarlyBird(ticket),
     )
 
 
-def step(engine: Any) -> float:
-    """One optimizer step on random tokens; its seconds."""
+def step(engine: Any, batch: dict[str, Any] | None = None) -> float:
+    """One optimizer step on a batch, or on one short row of random tokens; its seconds."""
     import torch
 
+    if batch is None:
+        ids = torch.randint(5, VOCABULARY, (1, LENGTH))
+        places = torch.arange(0, LENGTH, 6)[None]
+        batch = {"input_ids": ids, "masked_positions": places, "masked_labels": ids[:, ::6]}
     began = time.perf_counter()
-    ids = torch.randint(5, VOCABULARY, (1, LENGTH)).to(engine.device)
-    places = torch.arange(0, LENGTH, 6)[None].to(engine.device)
-    loss = engine(input_ids=ids, masked_positions=places, masked_labels=ids[:, ::6]).loss
+    loss = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()}).loss
     engine.backward(loss)
     del loss
     engine.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 

@@ -47,10 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "steps": curves[0].steps[-1], "seconds": [c.seconds[-1] for c in curves],
             "final_loss": [c.final for c in curves], "tokens": _tokens(out / names[0]),
         }  # fmt: skip
-        told["curves"][path.stem] = [
-            {"steps": c.steps, "seconds": [round(s, 1) for s in c.seconds], "losses": c.losses}
-            for c in curves
-        ]
+        told["curves"][path.stem] = [c.told() for c in curves]
     return told
 
 

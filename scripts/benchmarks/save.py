@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import parameters, searching_engine, step
+from benchmarks.engines import engine_of, parameters, step
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from earlybert import checkpoint, dist
     from earlybert.ticket import TicketSettings
 
-    engine = searching_engine(arguments, TicketSettings(minimum_step=10**6, latest_step=10**6))
+    engine = engine_of(arguments, TicketSettings(minimum_step=10**6, latest_step=10**6))
     what = {"experiment": "bench", "corpus": "bench", "stage": arguments.stage, "precision": "bf16"}
     saver = checkpoint.Saver(folder / "ours", keep=1, **what)
     found: dict[str, list[float]] = {

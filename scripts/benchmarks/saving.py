@@ -60,6 +60,11 @@ class Curve:
     def final(self) -> float:
         return self.losses[-1]
 
+    def told(self) -> dict[str, Any]:
+        """JSON types, times to a tenth of a second."""
+        seconds = [round(when, 1) for when in self.seconds]
+        return {"steps": self.steps, "seconds": seconds, "losses": self.losses}
+
     def reaches(self, loss: float) -> float | None:
         """Seconds until the held-out loss is first at most `loss`, on a straight line between two
         evaluations; None where it never is."""
@@ -124,10 +129,7 @@ def figures(arguments: argparse.Namespace) -> dict[str, Any]:
         for arm in arguments.arm
     }
     for arm, curves in winners.items():
-        told["curves"][arm] = [
-            {"steps": c.steps, "seconds": [round(s, 1) for s in c.seconds], "losses": c.losses}
-            for c in curves
-        ]
+        told["curves"][arm] = [c.told() for c in curves]
         pairs = list(zip(winners.get("dense", []), curves, strict=False))
         shares = [
             None if (when := own.reaches(dense.final)) is None else when / dense.seconds[-1]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import train
-from benchmarks.engines import SHAPES, VOCABULARY
+from benchmarks.engines import VOCABULARY, engine_of, step
 
+_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 _LOOKS = 4
 """Steps from look to look here, where each is timed; a run has `TicketSettings.every`."""
 _NEVER = 10**6
@@ -26,7 +26,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """JSON types; times in seconds."""
     import torch
 
-    from earlybert import dist
+    from earlybert import dist, mechanics
     from earlybert.masking import predictions_a_row
     from earlybert.ticket import TicketSettings
 
@@ -35,8 +35,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "search": TicketSettings(every=_LOOKS, minimum_step=_NEVER, latest_step=_NEVER),
         "shrunken": TicketSettings(every=1, minimum_step=1, latest_step=1),
     }
-    engines = {kind: _engine(arguments, ticket) for kind, ticket in settings.items()}
     share = arguments.batch // arguments.ranks
+    shipped, _ = mechanics.load(_CONFIGS / f"zero{arguments.stage}_bf16.json")
+    config = mechanics.complete(shipped, micro_batch=share, accumulation=1, clipping=1.0)
+    engines = {
+        kind: engine_of(arguments, ticket, config=config, positions=arguments.length)
+        for kind, ticket in settings.items()
+    }
     guesses = predictions_a_row(arguments.length, probability=0.15)
     guessed = torch.rand(share, arguments.length).topk(guesses).indices
     batch = {
@@ -46,18 +51,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     for engine in engines.values():
         for _ in range(_LOOKS + 1):  # a look is never a block's first step
-            _step(engine, batch)
+            step(engine, batch)
     times: dict[str, list[float]] = {kind: [] for kind in [*engines, "look"]}
     for _ in range(-(-arguments.rounds * arguments.steps // (_LOOKS - 1))):
         for kind, engine in engines.items():
             for number in range(_LOOKS):
                 dist.barrier()
-                seconds = _step(engine, batch)
+                seconds = step(engine, batch)
                 looked = kind == "search" and engine.global_steps % _LOOKS == 0
                 if number:  # the first after another engine's finds its memory cold
                     times["look" if looked else kind].append(seconds)
-    config = engines["shrunken"].module.config
-    widths = [config.heads_per_layer, config.neurons_per_layer]
+    small_shape = engines["shrunken"].module.config
+    widths = [small_shape.heads_per_layer, small_shape.neurons_per_layer]
     for engine in engines.values():
         engine.close()
     dense, small = (
@@ -92,43 +97,3 @@ def tell(figures: dict[str, Any]) -> None:
         f"\nthe search costs {figures['search_ratio'] - 1:.1%} of a step (a look every {figures['every']} "
         f"steps among it); the ticket's step reaches {reached:.1%} of the speed-up that its FLOPs promise"
     )
-
-
-def _engine(arguments: argparse.Namespace, ticket: Any) -> Any:
-    """An engine of the shape under the shipped JSON of the stage."""
-    import torch
-
-    from earlybert import mechanics
-    from earlybert.engine import initialize
-    from earlybert.initial import seeded_model
-    from earlybert.model import EarlyBertConfig
-    from earlybert.progress import EarlyBird
-
-    sizes = SHAPES[arguments.shape]
-    config = EarlyBertConfig(
-        vocab_size=VOCABULARY, hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"], intermediate_size=4 * sizes["hidden"],
-        max_position_embeddings=arguments.length, coefficients="train" if ticket.enabled else "none",
-    )  # fmt: skip
-    path = Path(__file__).parents[2] / "ds_configs" / f"zero{arguments.stage}_bf16.json"
-    share = arguments.batch // arguments.ranks
-    return initialize(
-        model=seeded_model(config, seed=1),
-        config=mechanics.complete(mechanics.load(path)[0], micro_batch=share, accumulation=1, clipping=1.0),
-        early_bird=EarlyBird(ticket, seed=1),
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True),
-    )
-
-
-def _step(engine: Any, batch: dict[str, Any]) -> float:
-    import torch
-
-    began = time.perf_counter()
-    on_device = {name: tensor.to(engine.device) for name, tensor in batch.items()}
-    loss = engine(**on_device).loss
-    engine.backward(loss)
-    del loss
-    engine.step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
