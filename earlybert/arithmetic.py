@@ -8,11 +8,16 @@ B sequences, T tokens, N heads, H head size, R rows of logits (lower case: the f
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # an export may meet an older torch: a mask does it
+    from torch.nn.attention.varlen import varlen_attn
 
 IGNORED = -100
 """A label that is not counted."""
@@ -90,19 +95,64 @@ class Dropout(nn.Dropout):
         return dropped(x, self.p) if self.training else x
 
 
+class Documents(NamedTuple):
+    """Where the documents that share rows begin: attention runs over each alone, without a mask."""
+
+    bounds: torch.Tensor
+    """int32, a number more than there are documents: the beginning of each in the flattened rows, and the
+    end."""
+    longest: int
+    """Tokens that no document exceeds."""
+
+
+Visible = torch.Tensor | Documents | None
+"""What a token attends to: where bool [B, 1, 1 or T, T] is true, its own document, or the whole row."""
+
+
+def visible(
+    mask_BT: torch.Tensor | None, segments_BT: torch.Tensor | None, *, x_BTD: torch.Tensor, dropout: float
+) -> Visible:
+    """What each token of `x_BTD` attends to, in the form that `attend` is fastest with.
+
+    Documents on a GPU in 16 bits, where a mask would keep PyTorch from its flash kernels (which know no
+    dropout for them); else a mask.
+    """
+    if segments_BT is None:
+        return None if mask_BT is None else mask_BT[:, None, None, :].bool()
+    fused = varlen_attn is not None and x_BTD.device.type == "cuda" and x_BTD.dtype != torch.float32
+    if fused and mask_BT is None and not dropout:
+        return documents_of(segments_BT)
+    same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return same if mask_BT is None else mask_BT[:, None, None, :].bool() & same
+
+
+def documents_of(segments_BT: torch.Tensor) -> Documents:
+    """The runs of equal numbers within each row of `segments_BT`."""
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts = begins_BT.flatten().nonzero().squeeze(1)
+    bounds = functional.pad(starts, (0, 1), value=segments_BT.numel()).to(torch.int32)
+    return Documents(bounds, segments_BT.shape[1])
+
+
 def attend(
     q_BNTH: torch.Tensor,
     k_BNTH: torch.Tensor,
     v_BNTH: torch.Tensor,
     *,
-    mask: torch.Tensor | None,
+    mask: Visible,
     dropout: float,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, here and nowhere else. `mask`: bool [B, 1, 1 or T, T] or None.
+    """Scaled dot-product attention, here and nowhere else. `mask`: what `visible` says.
 
     PyTorch's own, but for training in 16 bits on a CPU: its backward pass there takes 2 to 6 times as long as
     the plain products (torch 2.13; LOG.md has the figures, tests/test_model.py compares the values).
     """
+    if isinstance(mask, Documents):
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BNTH, v_BNTH))
+        bounds, longest = mask
+        out = varlen_attn(*rows, bounds, bounds, longest, longest)
+        return out.unflatten(0, (q_BNTH.shape[0], q_BNTH.shape[2])).transpose(1, 2)
     if q_BNTH.device.type != "cpu" or q_BNTH.dtype == torch.float32 or not q_BNTH.requires_grad:
         return functional.scaled_dot_product_attention(
             q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout

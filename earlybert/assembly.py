@@ -13,13 +13,12 @@ from earlybert.adapters import enable_checkpointing
 from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError
 from earlybert.data import PackedSamples, check_vocabulary
-from earlybert.engine import Engine, ParameterGroups, initialize
+from earlybert.engine import Engine, initialize
 from earlybert.experiment import Experiment
 from earlybert.initial import seeded_model
 from earlybert.lifecycle import check_config, empty_module
 from earlybert.loader import Loader, prepare_workers
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
-from earlybert.optim import Lamb
 from earlybert.progress import EarlyBird, Progress
 from earlybert.schedule import At
 from earlybert.shards import Corpus, tokenizer_sha256
@@ -82,13 +81,15 @@ class Assembly:
             model=model,
             config=self.deepspeed_config(phase),
             early_bird=EarlyBird(settings=settings.ticket, seed=settings.seed, work=self.work()),
-            optimizer=self._optimizer,
+            optimizer=settings.optimizer.build,
             weight_decay=settings.optimizer.weight_decay,
             progress=progress,
             restored=restored,
         )
         if found is not None:
             checkpoint.verify(engine, found)
+        if settings.model.compile:
+            engine.compile()
         return engine
 
     def loader(self, at: At, *, first: int) -> Loader:
@@ -132,11 +133,3 @@ class Assembly:
         wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
         if wrong:
             raise EarlyBertError("; ".join(wrong))
-
-    def _optimizer(self, groups: ParameterGroups) -> torch.optim.Optimizer:
-        """Both correct their bias as a function of the step count, so a resume is exact."""
-        settings = self.experiment.optimizer
-        betas, eps = (settings.betas[0], settings.betas[1]), settings.epsilon
-        if settings.name == "lamb":
-            return Lamb(groups, lr=0.0, betas=betas, eps=eps, trust=(settings.trust[0], settings.trust[1]))
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)

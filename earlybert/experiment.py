@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from earlybert import mechanics, targets
 from earlybert.config import SettingsError, as_dict, override, parse, read_toml
 from earlybert.data import DataSettings, Objective
 from earlybert.guard import GuardSettings
 from earlybert.model import EarlyBertConfig
+from earlybert.optim import Lamb, ParameterGroups
 from earlybert.schedule import PhaseSettings
 from earlybert.ticket import TicketSettings
 
@@ -53,6 +56,8 @@ class ModelSettings:
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more
     time."""
+    compile: bool = False
+    """Compile forward and backward pass with torch.compile, anew after a draw: for GPUs. Rounds otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "positions"):
@@ -122,6 +127,13 @@ class OptimizerSettings:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must not be negative")
         if self.epsilon <= 0:
             raise SettingsError(f"epsilon = {self.epsilon}: must be positive")
+
+    def build(self, groups: ParameterGroups) -> torch.optim.Optimizer:
+        """The optimizer; both correct their bias as a function of the step count, so a resume is exact."""
+        betas, eps = (self.betas[0], self.betas[1]), self.epsilon
+        if self.name == "lamb":
+            return Lamb(groups, lr=0.0, betas=betas, eps=eps, trust=(self.trust[0], self.trust[1]))
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 @dataclass(frozen=True)
@@ -264,10 +276,4 @@ def load(path: str | os.PathLike[str], words: Sequence[str] = ()) -> tuple[Exper
     Raises SettingsError naming the file and the setting.
     """
     experiment = parse(Experiment, override(read_toml(path), words), where=str(path))
-    json_path = Path(experiment.deepspeed)
-    beside = Path(path).parent / experiment.deepspeed
-    if not json_path.exists() and beside.exists():
-        json_path = beside
-    values, where = mechanics.load(json_path)
-    mechanics.check(values, where=where, experiment=str(path))
-    return experiment, values
+    return experiment, mechanics.load_beside(experiment.deepspeed, experiment=path)

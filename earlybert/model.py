@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraini
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .arithmetic import ACTIVATIONS, IGNORED, CrossEntropy, Dropout, attend
+from .arithmetic import ACTIVATIONS, IGNORED, CrossEntropy, Dropout, Visible, attend, visible
 from .configuration import EarlyBertConfig
 
 
@@ -90,9 +90,7 @@ class _SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, inner)
         self.coefficients = _coefficients(config, heads)
 
-    def forward(
-        self, x_BTD: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x_BTD: torch.Tensor, mask: Visible) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(contexts of the heads side by side, a factor for each of their columns)."""
         split = (*x_BTD.shape[:2], self.heads, self.head_size)
         q, k, v = (layer(x_BTD).view(split).transpose(1, 2) for layer in (self.query, self.key, self.value))
@@ -140,7 +138,7 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(config, heads)
         self.output = _Residual(config, heads * config.head_size)
 
-    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, mask: Visible) -> torch.Tensor:
         inner_BTI, scale = self.self(self.output.begin(x_BTD), mask)
         return self.output(inner_BTI, x_BTD, scale)
 
@@ -166,7 +164,7 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(config, neurons)
         self.output = _Residual(config, neurons)
 
-    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, mask: Visible) -> torch.Tensor:
         x_BTD = self.attention(x_BTD, mask)
         inner_BTF, scale = self.intermediate(self.output.begin(x_BTD))
         return self.output(inner_BTF, x_BTD, scale)
@@ -181,7 +179,7 @@ class _Encoder(nn.Module):
         self.LayerNorm = norm
         self.gradient_checkpointing = False
 
-    def forward(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, mask: Visible) -> torch.Tensor:
         for layer in self.layer:
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, mask, use_reentrant=False)
@@ -199,12 +197,15 @@ class _Pooler(nn.Module):
         return torch.tanh(self.dense(x_BTD[:, 0]))
 
 
-class _Bert(nn.Module):
-    def __init__(self, config: EarlyBertConfig) -> None:
+class Body(nn.Module):
+    """Embeddings, encoder and, where `pooled`, the pooler: stock BERT's `bert`."""
+
+    def __init__(self, config: EarlyBertConfig, *, pooled: bool) -> None:
         super().__init__()
         self.embeddings = _Embeddings(config)
         self.encoder = _Encoder(config)
-        self.pooler = _Pooler(config) if config.next_sentence else None
+        self.pooler = _Pooler(config) if pooled else None
+        self.attention_dropout = config.attention_probs_dropout_prob
 
     def forward(
         self,
@@ -214,11 +215,10 @@ class _Bert(nn.Module):
         positions_BT: torch.Tensor | None,
         segments_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mask = None if mask_BT is None else mask_BT[:, None, None, :].bool()
-        if segments_BT is not None:
-            same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-            mask = same if mask is None else mask & same
-        x_BTD = self.encoder(self.embeddings(ids_BT, types_BT, positions_BT), mask)
+        x_BTD = self.embeddings(ids_BT, types_BT, positions_BT)
+        dropout = self.attention_dropout if self.training else 0.0
+        mask = visible(mask_BT, segments_BT, x_BTD=x_BTD, dropout=dropout)
+        x_BTD = self.encoder(x_BTD, mask)
         return x_BTD, None if self.pooler is None else self.pooler(x_BTD)
 
 
@@ -251,13 +251,43 @@ class _Heads(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2) if config.next_sentence else None
 
 
-class EarlyBertForPreTraining(PreTrainedModel):
-    """The encoder with the masked-LM head and, with `config.next_sentence`, the next-sentence head."""
+class EarlyBertPreTrainedModel(PreTrainedModel):
+    """What EarlyBERTs share, whatever head they have on their `bert`."""
 
     config_class = EarlyBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    bert: Body
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bert.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.bert.embeddings.word_embeddings = value  # type: ignore[assignment]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Hugging Face BERT's initial values; runs for what a checkpoint does not bring."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            # A slice loses the mark that guards a loaded weight from a second initialisation: ask the whole.
+            loaded = getattr(module.weight, "_is_hf_initialized", False)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and not loaded:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, _Predictions):
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, (_SelfAttention, _Intermediate)) and module.coefficients is not None:
+            nn.init.ones_(module.coefficients)
+
+
+class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
+    """The encoder with the masked-LM head and, with `config.next_sentence`, the next-sentence head."""
+
     _tied_weights_keys = {  # noqa: RUF012 - the base class's own declaration
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -265,15 +295,9 @@ class EarlyBertForPreTraining(PreTrainedModel):
 
     def __init__(self, config: EarlyBertConfig) -> None:
         super().__init__(config)
-        self.bert = _Bert(config)
+        self.bert = Body(config, pooled=config.next_sentence)
         self.cls = _Heads(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.bert.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.bert.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.cls.predictions.decoder
@@ -296,7 +320,8 @@ class EarlyBertForPreTraining(PreTrainedModel):
         """Run the encoder and the heads.
 
         `input_ids`, `attention_mask` (1 real, 0 padding), `token_type_ids`, `position_ids`, `labels`,
-        `segments` (tokens attend to those of the same number only: documents that share a row): [B, T];
+        `segments` (documents that share a row: tokens attend to those of their own number only, which stand
+        side by side): [B, T];
         `masked_positions`, `masked_labels`: [B, P], positions within the row; `next_sentence_label`: [B].
         A label of -100 is not counted. Give either `masked_positions` (static shapes; the head runs on those
         rows only) or `labels`, as stock BERT has them; in training mode the head then runs on the labelled
@@ -344,24 +369,6 @@ class EarlyBertForPreTraining(PreTrainedModel):
                 )
                 output.loss = pair / told if output.loss is None else output.loss + pair / told
         return output
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Hugging Face BERT's initial values; runs for what a checkpoint does not bring."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            # A slice loses the mark that guards a loaded weight from a second initialisation: ask the whole.
-            loaded = getattr(module.weight, "_is_hf_initialized", False)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None and not loaded:
-                nn.init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, _Predictions):
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, (_SelfAttention, _Intermediate)) and module.coefficients is not None:
-            nn.init.ones_(module.coefficients)
 
 
 class EarlyBertForMaskedLM(EarlyBertForPreTraining):

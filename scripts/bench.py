@@ -64,8 +64,19 @@ def main() -> int:
     data.add_argument("--only", choices=("prose", "tokens", "loader", "memory"), action="append")
     train = commands.add_parser("train", help="tokens/s beside Hugging Face's Trainer and plain DeepSpeed")
     train.add_argument(
-        "--kind", action="append", help="ours, trainer, trainer-ranks, trainer-deepspeed, deepspeed"
+        "--kind", action="append",
+        help="ours, trainer, trainer-ranks, trainer-deepspeed, deepspeed (these five if nothing is said), "
+        "ours-compiled, ours-boundaries, ours-compiled-boundaries",
+    )  # fmt: skip
+    train.add_argument(
+        "--set",
+        dest="override",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="settings of ours, such as model.attention_dropout=0",
     )
+    train.add_argument("--document", type=int, help="mean tokens of a document; 4 rows if not given")
     ticket = commands.add_parser("ticket", help="what the search costs a step, and what the ticket saves")
     ticket.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
     for command in (train, ticket):

@@ -35,6 +35,7 @@ def page() -> str:
         OptimizerSettings,
     )
     from earlybert.guard import GuardSettings
+    from earlybert.recipes import Finetuning, RecipeSettings
     from earlybert.schedule import PhaseSettings
     from earlybert.ticket import TicketSettings
 
@@ -56,8 +57,12 @@ def page() -> str:
         "An experiment is a TOML file such as those in [scripts/experiments](../scripts/experiments). Any",
         "setting can be changed on the command line by its dotted name: `model.layers=4 ticket.every=20",
         "phases.0.steps=500`. Engine mechanics (ZeRO stage, precision, offload) stand in a DeepSpeed JSON",
-        "([ds_configs](../ds_configs)), which may not set anything of this page.",
+        "([ds_configs](../ds_configs)), which may not set anything of this page. Experiments of",
+        "scripts/finetune.py ([scripts/experiments/finetune](../scripts/experiments/finetune)) have the last",
+        "two tables, `[optimizer]` and `[ticket]`.",
     ]
+    tables.append(("Fine-tuning: top of the file", Finetuning))
+    tables.append(("Fine-tuning: `[recipe]`, and one `[[recipes]]` a task", RecipeSettings))
     for title, cls in tables:
         lines += ["", f"## {title}", "", "| setting | type | default | |", "|---|---|---|---|"]
         lines += list(_rows(cls))

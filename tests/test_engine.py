@@ -146,6 +146,23 @@ def many_draws(stage, precision, compiled):
     return alive, bytes_after, groups, searching, losses
 
 
+def plain_and_compiled(stage):
+    """Losses of 8 steps with a draw after the 4th, and a held-out loss: plain, then by torch's compiler."""
+    results = []
+    for compiled in (False, True):
+        engine = tiny.engine(stage, "fp32", tiny.settings(), clipping=1.0)
+        if compiled:
+            engine.compile()
+        losses = tiny.train(engine, range(8))
+        engine.eval()
+        with torch.no_grad():
+            losses.append(engine(**tiny.batch(99, 0)).loss.item())
+        assert engine.progress.tickets and engine.is_compiled == compiled
+        engine.close()
+        results.append(losses)
+    return results
+
+
 def two_draws(stage, precision, start):
     """Two draws with odd sizes, the second counted in terms of the dense model too."""
     moments = "reset" if start == "rewind" else "keep"
@@ -218,6 +235,12 @@ def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision, c
         assert len(set(groups)) == 1, groups
         assert max(bytes_after[1:-1]) - min(bytes_after[1:-1]) <= 4096, bytes_after
         assert not searching and all(loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_compiled_model_trains_draws_and_is_evaluated_as_the_plain_one(stage):
+    ((plain, compiled),) = ranks.run("test_engine:plain_and_compiled", ranks=1, stage=stage)
+    assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The model against stock Hugging Face BERT, the reference for values, gradients, names and files."""
 
 import copy
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from transformers import (
 )
 
 from earlybert import arithmetic
-from earlybert.arithmetic import attend, dropped
+from earlybert import model as model_module
+from earlybert.arithmetic import Documents, attend, documents_of, dropped, visible
 from earlybert.initial import encoder_flops_per_token, initial_value, seeded_model
 from earlybert.model import (
     EarlyBertConfig,
@@ -568,3 +571,54 @@ def test_documents_that_share_a_row_do_not_see_each_other(precision):
     assert torch.equal(padded, packed)
     del together["segments"]
     assert (model(**together).prediction_logits - packed).abs().max() > 4 * near
+
+
+def one_by_one(q_RNH, k_RNH, v_RNH, bounds, bounds_of_keys, longest, longest_key):
+    """What torch's `varlen_attn` promises, a document at a time; it runs on GPUs only."""
+    assert torch.equal(bounds, bounds_of_keys) and longest == longest_key and bounds.dtype == torch.int32
+    parts = [
+        functional.scaled_dot_product_attention(
+            *(x[first:end].transpose(0, 1) for x in (q_RNH, k_RNH, v_RNH))
+        )
+        for first, end in pairwise(bounds.tolist())
+        if end - first <= longest
+    ]
+    return torch.cat([part.transpose(0, 1) for part in parts])
+
+
+def test_documents_go_to_the_varlen_kernel_as_they_would_under_a_mask(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    for seed in range(5):
+        model = seeded_model(small(initializer_range=0.3, pre_norm=True), seed=seed).train()
+        begins = torch.rand(ROWS, TOKENS, generator=generator) < 0.3
+        batch = {
+            "input_ids": torch.randint(5, 71, (ROWS, TOKENS), generator=generator),
+            "segments": begins.cumsum(1),
+            "labels": torch.randint(5, 71, (ROWS, TOKENS), generator=generator),
+        }
+        masked = gradients(model, model(**batch).loss)
+        with monkeypatch.context() as patched:
+            patched.setattr(arithmetic, "varlen_attn", one_by_one)
+            patched.setattr(model_module, "visible", lambda _, segments_BT, **__: documents_of(segments_BT))
+            alone = gradients(model, model(**batch).loss)
+        assert_near(alone, masked, within=1e-4)
+
+
+def test_documents_are_the_runs_of_a_row_and_end_with_it():
+    bounds, longest = documents_of(torch.tensor([[0, 0, 1, 2, 2], [0, 0, 0, 0, 0], [3, 4, 4, 4, 4]]))
+    assert bounds.tolist() == [0, 2, 3, 5, 10, 11, 15] and longest == 5
+
+
+def test_the_varlen_kernel_is_asked_where_it_runs_and_nowhere_else():
+    segments_BT = torch.tensor([[0, 0, 1]])
+
+    def asked(device="cuda", dtype=torch.bfloat16, mask=None, dropout=0.0):
+        x_BTD = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype)
+        return visible(mask, segments_BT, x_BTD=x_BTD, dropout=dropout)
+
+    assert isinstance(asked(), Documents) and isinstance(asked(dtype=torch.float16), Documents)
+    same_1111 = torch.tensor([[[[True, True, False], [True, True, False], [False, False, True]]]])
+    for other in ({"device": "cpu"}, {"dtype": torch.float32}, {"dropout": 0.1}):
+        assert torch.equal(asked(**other), same_1111), other
+    padded = asked(mask=torch.tensor([[1, 0, 1]]))
+    assert torch.equal(padded, same_1111 & torch.tensor([True, False, True]))

@@ -57,7 +57,11 @@ def experiment(folder):
 
 def test_the_time_to_a_loss_lies_on_the_line_between_two_evaluations(saving):
     curve = saving.Curve((0, 10, 20), (0.0, 5.0, 10.0), (8.0, 6.0, 5.0))
-    assert curve.reaches(8.5) == 0 and curve.reaches(7.0) == 2.5 and curve.reaches(5.25) == 8.75
+    assert (
+        curve.reaches(8.5) == (0, 0)
+        and curve.reaches(7.0) == (2.5, 5)
+        and curve.reaches(5.25) == (8.75, 17.5)
+    )
     assert curve.reaches(4.9) is None and curve.final == 5.0
     assert (curve.at(0.0), curve.at(9.9), curve.at(50.0)) == (8.0, 6.0, 5.0)
 

@@ -7,6 +7,16 @@ import subprocess
 from collections.abc import Sequence
 from typing import IO, Any
 
+_OF_A_LAUNCH = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
 
 def start(
     command: Sequence[str], *, ranks: int, log: IO[Any] | None = None, **environment: str
@@ -18,7 +28,8 @@ def start(
     from earlybert.lifecycle import free_port
 
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    shared = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
+    alone = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCH}
+    shared = {**alone, "OMP_NUM_THREADS": str(threads), **environment}
     if ranks > 1:
         shared |= {
             "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,17 @@ class Curve:
         seconds = [round(when, 1) for when in self.seconds]
         return {"steps": self.steps, "seconds": seconds, "losses": self.losses}
 
-    def reaches(self, loss: float) -> float | None:
-        """Seconds until the held-out loss is first at most `loss`, on a straight line between two
+    def reaches(self, loss: float) -> tuple[float, float] | None:
+        """(seconds, steps) until the held-out loss is first at most `loss`, on a straight line between two
         evaluations; None where it never is."""
         for place, here in enumerate(self.losses):
             if here <= loss:
                 if place == 0:
-                    return self.seconds[0]
+                    return self.seconds[0], self.steps[0]
                 share = (self.losses[place - 1] - loss) / (self.losses[place - 1] - here)
-                return self.seconds[place - 1] + share * (self.seconds[place] - self.seconds[place - 1])
+                axes = self.seconds, self.steps
+                seconds, steps = (x[place - 1] + share * (x[place] - x[place - 1]) for x in axes)
+                return seconds, steps
         return None
 
     def at(self, seconds: float) -> float:
@@ -131,15 +134,15 @@ def figures(arguments: argparse.Namespace) -> dict[str, Any]:
     for arm, curves in winners.items():
         told["curves"][arm] = [c.told() for c in curves]
         pairs = list(zip(winners.get("dense", []), curves, strict=False))
-        shares = [
-            None if (when := own.reaches(dense.final)) is None else when / dense.seconds[-1]
-            for dense, own in pairs
-        ]
+        reached = [(dense, own.reaches(dense.final)) for dense, own in pairs]
+        shares = [None if at is None else at[0] / dense.seconds[-1] for dense, at in reached]
+        steps = [None if at is None else at[1] / dense.steps[-1] for dense, at in reached]
         told["arms"][arm] = {
             "learning_rate": best(arm, arguments).rate,
             "final_loss": [c.final for c in curves],
             "seconds": [c.seconds[-1] for c in curves],
             "share_of_time_to_dense_loss": shares,
+            "share_of_steps_to_dense_loss": steps,
             "loss_at_equal_time": [own.at(dense.seconds[-1]) for dense, own in pairs],
             "steps": [c.steps[-1] for c in curves],
         }
@@ -158,15 +161,19 @@ def tell(told: dict[str, Any], path: Path | None = None) -> None:
         return
     print(
         "\n| arm | learning rate | steps | training time s | held-out loss at its end | time to the dense "
-        "run's loss over the dense run's | loss at the dense run's time |\n|---|---|---|---|---|---|---|"
+        "run's loss over the dense run's | of that: steps | a step's time | loss at the dense run's time |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     for arm, row in told["arms"].items():
-        shares = [s for s in row["share_of_time_to_dense_loss"] if s is not None]
-        missed = len(row["share_of_time_to_dense_loss"]) - len(shares)
+        times, paces = row["share_of_time_to_dense_loss"], row["share_of_steps_to_dense_loss"]
+        shares, steps = ([s for s in told if s is not None] for told in (times, paces))
+        a_step = [time / pace for time, pace in zip(shares, steps, strict=True)]
+        missed = len(times) - len(shares)
         reached = _spread(shares, "{:.3f}") + (f", {missed} never" if missed else "")
         print(
             f"| {arm} | {row['learning_rate']:g} | {row['steps'][0]:,} "
             f"| {_spread(row['seconds'], '{:,.0f}')} | {_spread(row['final_loss'], '{:.4f}')} | {reached} | "
+            f"{_spread(steps, '{:.3f}')} | {_spread(a_step, '{:.3f}')} | "
             f"{_spread(row['loss_at_equal_time'], '{:.4f}')} |"
         )
     if path is not None:
@@ -174,18 +181,23 @@ def tell(told: dict[str, Any], path: Path | None = None) -> None:
 
 
 def plot(told: dict[str, Any], path: Path) -> None:
-    """Held-out loss over training time, a line an arm (the median seed's end)."""
+    """Held-out loss over training time, and a step's time over the steps, a line an arm (the seed with the
+    middle loss at its end)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    losses, steps = figure.subplots(1, 2, width_ratios=[3, 2])
     for arm, curves in told["curves"].items():
         middle = sorted(curves, key=lambda c: c["losses"][-1])[len(curves) // 2]
-        axes.plot(middle["seconds"], middle["losses"], label=arm)
-    axes.set_xlabel("training time, s")
-    axes.set_ylabel("held-out masked-LM loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        losses.plot(middle["seconds"], middle["losses"], label=arm)
+        passed = list(pairwise(zip(middle["seconds"], middle["steps"], strict=True)))
+        paces = [(after[0] - before[0]) / (after[1] - before[1]) for before, after in passed]
+        steps.stairs(paces, middle["steps"])
+    losses.set(xlabel="training time, s", ylabel="held-out masked-LM loss")
+    steps.set(xlabel="step", ylabel="seconds a step", ylim=(0, None))
+    for axes in (losses, steps):
+        axes.grid(alpha=0.3)
+    losses.legend()
     figure.savefig(path, dpi=120)
 
 

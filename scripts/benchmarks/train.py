@@ -1,5 +1,6 @@
 """Tokens a second of whole training programs, in turn: ours; stock BERT under Hugging Face's Trainer, alone,
-on all ranks and with its DeepSpeed integration; stock BERT in a plain DeepSpeed loop.
+on all ranks and with its DeepSpeed integration; stock BERT in a plain DeepSpeed loop. On request also ours
+compiled, and ours with the documents of a row kept apart.
 
 Same shapes, rows, global batch and precision. The ceiling is the device's own matrix product in that
 precision, on all ranks at once; utilisation counts the multiplications that ours needs (the head on masked
@@ -9,6 +10,7 @@ positions only), three times the forward pass.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -31,14 +33,26 @@ _REST = 5
 """Steps of ours after the clock has stopped: it evaluates and saves there."""
 _VOCABULARY = 30_592
 KINDS = ("ours", "trainer", "trainer-ranks", "trainer-deepspeed", "deepspeed")
+OWN = {
+    "ours": "",
+    "ours-compiled": "model.compile=true",
+    "ours-boundaries": "data.boundaries=true",
+    "ours-compiled-boundaries": "model.compile=true data.boundaries=true",
+}
+"""What each of ours sets."""
 Figures = dict[str, Any]
 
 
 def measure(arguments: argparse.Namespace) -> Figures:
+    from earlybert.config import SettingsError
+
+    kinds = arguments.kind or [kind for kind in KINDS if kind == "ours" or machine.version("accelerate")]
+    known = [*OWN, *KINDS[1:]]
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise SettingsError(f"--kind {unknown[0]}: choose among {', '.join(known)}")
     folder = Path(tempfile.mkdtemp())
     try:
         job = prepare(arguments, folder)
-        kinds = arguments.kind or [kind for kind in KINDS if kind == "ours" or machine.version("accelerate")]
         ceiling = run_program("ceiling", job)
         found: dict[str, list[Figures]] = {kind: [] for kind in kinds}
         for _ in range(arguments.rounds):
@@ -65,10 +79,12 @@ def measure(arguments: argparse.Namespace) -> Figures:
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> Figures:
     """Write a corpus of random tokens; what the programs are told."""
-    _corpus(folder, length=arguments.length)
+    document = arguments.document or 4 * arguments.length
+    _corpus(folder, tokens=16000 * arguments.length, document=document)
     return {
-        "folder": str(folder), "shape": arguments.shape, "length": arguments.length,
+        "folder": str(folder), "shape": arguments.shape, "length": arguments.length, "document": document,
         "batch": arguments.batch, "steps": arguments.steps, "ranks": arguments.ranks,
+        "sizes": SHAPES[arguments.shape], "overrides": arguments.override,
     }  # fmt: skip
 
 
@@ -114,8 +130,9 @@ def flops_per_token(shape: str, length: int, *, widths: list[list[int]] | None =
     return 3 * (encoder_flops_per_token(config, sequence_length=length) + head)
 
 
-def _corpus(folder: Path, *, length: int) -> None:
-    """Random tokens, enough for no row to come twice."""
+def _corpus(folder: Path, *, tokens: int, document: int) -> None:
+    """Random tokens in documents of half to one and a half times `document`, enough for no row to come
+    twice."""
     import numpy as np
 
     from data_prep import vocab
@@ -128,8 +145,9 @@ def _corpus(folder: Path, *, length: int) -> None:
     vocab.take(folder / "vocab.txt", corpus / "tokenizer", vocab.Letters())
     rng = np.random.default_rng(0)
     with ShardWriter(corpus / shard_name(0, of=1), token_dtype="uint16") as writer:
-        for number in range(4000):
-            writer.add(rng.integers(5, _VOCABULARY, 4 * length), [0, length], "random", str(number))
+        for number in range(-(-tokens // document)):
+            length = int(rng.integers(document // 2, document + document // 2 + 1))
+            writer.add(rng.integers(5, _VOCABULARY, length), [0, length // 2], "random", str(number))
     info = writer.close()
     write_manifest(
         corpus,
@@ -204,7 +222,7 @@ def _ceiling(job: Figures) -> None:
     from earlybert.lifecycle import end_ranks, start_ranks
 
     start_ranks()
-    width = SHAPES[job["shape"]]["hidden"]
+    width = job["sizes"]["hidden"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(job["batch"] * job["length"] // job["ranks"], width, dtype=torch.bfloat16, device=device)
     w = torch.randn(width, 4 * width, dtype=torch.bfloat16, device=device)
@@ -250,24 +268,23 @@ every = 100000
 """
 
 
-def _ours(job: Figures) -> None:
-    """The real command, with its logging."""
+def _ours(job: Figures, *, words: str) -> None:
+    """The real command, with its logging; `words` are its overrides."""
     import runpy
 
-    sizes = SHAPES[job["shape"]]
     folder = Path(job["folder"])
     runs = folder / "runs"
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(runs, ignore_errors=True)
         text = _EXPERIMENT.format(
             runs=runs, json=_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json", corpus=folder / "corpus",
-            total=_WARM + job["steps"] + _REST, share=job["batch"] // job["ranks"], **sizes, **job,
+            total=_WARM + job["steps"] + _REST, share=job["batch"] // job["ranks"], **job["sizes"], **job,
         )  # fmt: skip
         (folder / "experiment.toml").write_text(text)
     else:
         while not (folder / "experiment.toml").exists():
             time.sleep(0.05)
-    sys.argv = ["pretrain.py", str(folder / "experiment.toml")]
+    sys.argv = ["pretrain.py", str(folder / "experiment.toml"), *words.split(), *job["overrides"]]
     try:
         runpy.run_path(str(_SCRIPTS / "pretrain.py"), run_name="__main__")
     except SystemExit as ended:
@@ -292,7 +309,7 @@ def _stock(job: Figures) -> tuple[Any, Any, Any]:
     from earlybert.data import DataSettings, PackedSamples
     from earlybert.shards import Corpus
 
-    sizes = SHAPES[job["shape"]]
+    sizes = job["sizes"]
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=_VOCABULARY, hidden_size=sizes["hidden"], num_hidden_layers=sizes["layers"],
@@ -352,7 +369,7 @@ def _plain_deepspeed(job: Figures) -> None:
     model, rows, collate = _stock(job)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_zero2(job))
-    share, rank = job["batch"] // job["ranks"], int(os.environ["RANK"])
+    share, rank = job["batch"] // job["ranks"], torch.distributed.get_rank()
     clock = _Clock(job)
     for step in range(_WARM + job["steps"]):
         first = step * job["batch"] + rank * share
@@ -365,7 +382,7 @@ def _plain_deepspeed(job: Figures) -> None:
 
 _PROGRAMS: dict[str, Callable[[Figures], None]] = {
     "ceiling": _ceiling,
-    "ours": _ours,
+    **{kind: functools.partial(_ours, words=words) for kind, words in OWN.items()},
     "trainer": lambda job: _trainer(job, ranks=1, deepspeed=False),
     "trainer-ranks": lambda job: _trainer(job, ranks=job["ranks"], deepspeed=False),
     "trainer-deepspeed": lambda job: _trainer(job, ranks=job["ranks"], deepspeed=True),
@@ -376,6 +393,11 @@ _PROGRAMS: dict[str, Callable[[Figures], None]] = {
 def _main(program: str, job: str) -> None:
     import torch
 
+    from earlybert.lifecycle import free_port
+
+    if "deepspeed" in program and "RANK" not in os.environ:  # it would ask MPI
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free_port())
     _PROGRAMS[program](json.loads(job))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # left to the interpreter's end, it may abort

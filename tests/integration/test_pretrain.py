@@ -67,9 +67,9 @@ class Folder:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def stop_at(self, name: str, step: int, sent: signal.Signals) -> list[int]:
+    def stop_at(self, name: str, step: int, sent: signal.Signals, *words: str) -> list[int]:
         """Start, wait for a step, send every rank the signal, and return the exit codes."""
-        processes = self.start(f"name={name}")
+        processes = self.start(f"name={name}", *words)
         wait_for_step(self, name, step, lambda: all(p.poll() is None for p in processes))
         for process in processes:
             process.send_signal(sent)
@@ -122,6 +122,16 @@ def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_th
     assert folder.run("name=broken") == [0, 0], "a finished run is finished at once"
     assert told(folder.metrics("broken")) == told(unbroken)
     assert_the_files_are_the_shrunken_weights(runs / "broken" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_killed_equals_the_unbroken_one_to_the_last_bit(tmp_path):
+    folder, compiled = Folder(tmp_path, stage=2, precision="bf16"), "model.compile=true"
+    assert folder.run("name=unbroken", compiled) == [0, 0], folder.log()
+    assert folder.stop_at("broken", 5, signal.SIGKILL, compiled) == [-signal.SIGKILL] * 2
+    assert folder.stop_at("broken", 9, signal.SIGTERM, compiled) == [143, 143], folder.log()
+    assert folder.run("name=broken", compiled) == [0, 0], folder.log()
+    assert told(folder.metrics("broken")) == told(folder.metrics("unbroken"))
 
 
 def assert_the_files_are_the_shrunken_weights(checkpoints: Path) -> None:
