@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from earlybert.config import SettingsError
-from earlybert.model import EarlyBertForPreTraining
+from earlybert.model import EarlyBertPreTrainedModel
 from earlybert.targets import Work
 
 ADDING = """\
@@ -123,7 +123,7 @@ def register(model_type: str, names: Names) -> None:
 def adapter_of(model: nn.Module, *, searched: bool = True) -> Adapter:
     """The adapter of a model; raises SettingsError for an architecture that is not known, saying how to add
     it, unless no ticket is to be searched in it."""
-    if isinstance(model, EarlyBertForPreTraining):
+    if isinstance(model, EarlyBertPreTrainedModel):
         return EarlyBertAdapter(type(model))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _TABLE:
@@ -212,7 +212,7 @@ class PlainAdapter(Adapter):
 class EarlyBertAdapter(Adapter):
     """EarlyBERT: the shape is in the config, coefficients in the modules."""
 
-    def __init__(self, model_class: type[EarlyBertForPreTraining]) -> None:
+    def __init__(self, model_class: type[EarlyBertPreTrainedModel]) -> None:
         self._class = model_class
 
     def layers(self, config: Any) -> tuple[Layer, ...]:

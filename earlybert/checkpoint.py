@@ -398,7 +398,8 @@ def probe(engine: Engine) -> list[float]:
     training = engine.module.training
     engine.inner.eval()
     with torch.no_grad():
-        logits = engine.inner(input_ids=ids, masked_positions=positions).prediction_logits
+        masked = {"masked_positions": positions} if hasattr(engine.module, "cls") else {}
+        logits = next(iter(engine.inner(input_ids=ids, **masked).values()))
     engine.inner.train(training)
     return logits.float().flatten()[:: max(1, logits.numel() // 8)][:8].tolist()
 

@@ -100,6 +100,20 @@ def new_folder(to: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' reports of what it loads to itself, but for errors."""
+    verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def refuse_difference(to: Path, difference: float, *, scale: float, form: Form) -> None:
     """Raise EarlyBertError where the logits of what was written differ by more than rounding explains."""
     if not difference <= TOLERANCE * max(1.0, scale):
@@ -219,9 +233,7 @@ def _compare(
     source: Source, trained: EarlyBertForPreTraining, folder: Path, *, form: Form
 ) -> tuple[float, float]:
     """Largest difference of logits between the trained model and what `folder` loads as; largest logit."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with quiet_transformers():
         if form == "dense":
             kind = BertForPreTraining if source.config.next_sentence else BertForMaskedLM
             loaded: list[Any] = [kind.from_pretrained(folder)]
@@ -229,8 +241,6 @@ def _compare(
             auto = AutoModelForPreTraining if source.config.next_sentence else AutoModelForMaskedLM
             loaded = [type(trained).from_pretrained(folder)]
             loaded.append(auto.from_pretrained(folder, trust_remote_code=True))
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     length = min(24, source.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source.config.vocab_size, (2, length), generator=generator)

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from earlybert.config import SettingsError, read_json, refuse_unknown
@@ -69,6 +70,15 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, 
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source)), "DeepSpeed config"
     return read_json(source), str(source)
+
+
+def load_beside(name: str, *, experiment: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check the JSON that an experiment file names, relative to the working folder or to the file's
+    own; raises SettingsError for what it must not say."""
+    path, beside = Path(name), Path(experiment).parent / name
+    values, where = load(beside if not path.exists() and beside.exists() else path)
+    check(values, where=where, experiment=str(experiment))
+    return values
 
 
 def check(values: Mapping[str, Any], *, where: str, experiment: str | None = None) -> None:

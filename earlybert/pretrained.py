@@ -20,6 +20,11 @@ from torch import nn
 
 from earlybert import adapters, dist, state
 from earlybert.config import EarlyBertError
+from earlybert.downstream import (
+    EarlyBertForQuestionAnswering,
+    EarlyBertForSequenceClassification,
+    EarlyBertModel,
+)
 from earlybert.engine import Engine
 from earlybert.export import MARK, Form, new_folder, refuse_difference
 from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining
@@ -62,7 +67,11 @@ def load(folder: str | Path) -> Any:
         raise EarlyBertError(
             f"{folder}: no model is there ({error}); give a folder that save wrote"
         ) from error
-    own = {kind.__name__: kind for kind in (EarlyBertForPreTraining, EarlyBertForMaskedLM)}
+    kinds = (
+        EarlyBertForPreTraining, EarlyBertForMaskedLM, EarlyBertModel, EarlyBertForSequenceClassification,
+        EarlyBertForQuestionAnswering,
+    )  # fmt: skip
+    own = {kind.__name__: kind for kind in kinds}
     kind = own.get(name) or getattr(transformers, name, None)
     if kind is None:
         raise EarlyBertError(f"{folder}: transformers has no {name}; load it with its own class")

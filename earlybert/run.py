@@ -13,19 +13,21 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
 from earlybert import dist
 from earlybert.config import EarlyBertError, SettingsError, as_dict, to_toml, write_atomically
-from earlybert.experiment import Experiment
 
+STOPPED = 143
+"""Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
 _LOCK = ".lock"
 _STOP = "stop"
 
@@ -51,17 +53,52 @@ class Claim:
             self._lock.close()
 
 
-def claim(experiment: Experiment, *, corpus: str, where: str) -> Claim:
+class Described(Protocol):
+    """An experiment, of pretraining or of fine-tuning."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class Signals:
+    """While it is entered, SIGTERM and SIGINT ask for a checkpoint and a stop: `asked` becomes true."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        def ask(_number: int, _frame: Any) -> None:
+            self.asked = True
+
+        self._before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def claim(
+    experiment: Described, *, corpus: str, where: str, origin: tuple[str, str] = ("corpus", "this one")
+) -> Claim:
     """Make or re-enter the run folder and lock it on rank 0. Collective.
 
-    `corpus`: hash of the corpus' content; `where`: the experiment file's name for messages. Raises
-    EarlyBertError on every rank where the folder holds another experiment, another corpus or something that
-    is not a run, or where another process writes it. Nothing in it is changed: `describe` does that.
+    `corpus`: hash of what is trained on, or of the model that is tuned, which `origin` names for messages
+    (its kind and its place); `where`: the experiment file's name. Raises EarlyBertError on every rank where
+    the folder holds another experiment, another corpus or something that is not a run, or where another
+    process writes it. Nothing in it is changed: `describe` does that.
     """
     lock: IO[str] | None = None
     problem: str | None = None
     if dist.rank() == 0:
-        problem = _problem(experiment, corpus=corpus, where=where)
+        problem = _problem(experiment, corpus=corpus, where=where, origin=origin)
         if problem is None:
             lock, problem = _lock(experiment.folder)
     problem = dist.from_rank_0(problem)
@@ -70,7 +107,7 @@ def claim(experiment: Experiment, *, corpus: str, where: str) -> Claim:
     return Claim(experiment.folder, lock)
 
 
-def describe(experiment: Experiment, mechanics: dict[str, Any], *, corpus: str) -> None:
+def describe(experiment: Described, mechanics: dict[str, Any], *, corpus: str) -> None:
     """Write what runs into the run folder; on rank 0, when nothing can be refused any more."""
     folder = experiment.folder
     environment = {
@@ -128,8 +165,8 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
     return file, None
 
 
-def _problem(experiment: Experiment, *, corpus: str, where: str) -> str | None:
-    folder = experiment.folder
+def _problem(experiment: Described, *, corpus: str, where: str, origin: tuple[str, str]) -> str | None:
+    folder, (what, place) = experiment.folder, origin
     stamp = folder / "environment.json"
     if not stamp.exists():
         if folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
@@ -146,8 +183,8 @@ def _problem(experiment: Experiment, *, corpus: str, where: str) -> str | None:
         )
     if stated.get("corpus") != corpus:
         return (
-            f"{folder} was trained on another corpus than {experiment.data.corpus}; restore that corpus or "
-            f"give this run another name, such as name={experiment.name}-2"
+            f"{folder} was trained on another {what} than {place}; restore that {what} or give this run "
+            f"another name, such as name={experiment.name}-2"
         )
     return None
 

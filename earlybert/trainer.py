@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,10 +27,7 @@ from earlybert.experiment import Experiment
 from earlybert.loader import MicroBatch
 from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.schedule import At
-from earlybert.watch import RankLost, Watch
-
-STOPPED = 143
-"""Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
+from earlybert.watch import Watch, explained
 
 
 class _GoBack(Exception):
@@ -56,27 +52,10 @@ def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: st
     EarlyBertError for whatever the user can mend, before the first step wherever it can be known by then.
     """
     trainer = _Trainer(experiment, mechanics_values, where=where)
-    why = "it stopped"
     try:
-        return trainer.run()
-    except RuntimeError as error:
-        # What a collective says when another rank is gone is a matter of sockets: say which rank.
-        if (lost := trainer.watch.lost()) is None:
-            why = str(error)
-            raise
-        raise RankLost(f"{lost}; the same command goes on from the newest checkpoint") from error
-    except EarlyBertError as error:
-        why = str(error)
-        raise
-    except OSError as error:  # a run folder that cannot be written, a file that is gone
-        why = str(error)
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise EarlyBertError(
-            f"{error}; mend that, then start the same command again: it goes on from the newest checkpoint"
-        ) from error
+        with explained(trainer.watch):
+            return trainer.run()
     finally:
-        trainer.watch.leave(why)
         trainer.close()
 
 
@@ -87,10 +66,12 @@ class _Trainer:
         self.total = schedule.total_steps(experiment.phases)
         self.monitor: Monitor | None = None
         self.memory = Memory()
+        self.signals = run.Signals()
         self.stop_requested = False
         self.warming = 1.0
         corpus = self.parts.corpus.manifest.content
-        self.claim = run.claim(experiment, corpus=corpus, where=where)
+        origin = ("corpus", experiment.data.corpus)
+        self.claim = run.claim(experiment, corpus=corpus, where=where, origin=origin)
         self.folder = self.claim.folder
         self.watch = Watch(self.folder, seconds=experiment.hang_seconds)
 
@@ -98,7 +79,7 @@ class _Trainer:
         self._start()
         self._begin()
         stopped = False
-        with self._signals():
+        with self.signals:
             while self.step < self.total and not stopped:
                 at = self._at(self.step)
                 if at.phase != self.phase:
@@ -234,7 +215,7 @@ class _Trainer:
             del output, loss  # they refer to the engine, which a draw in `step` must be able to free
             if micro < accumulation - 1:
                 engine.step()
-        self.stop_requested |= self.claim.stop_asked()
+        self.stop_requested |= self.signals.asked or self.claim.stop_asked()
         sums[3] = float(self.stop_requested)
         sums[4] = float(self.saver.writing)
         total, correct, counted, stop, writing = dist.sum_over_ranks(
@@ -364,22 +345,6 @@ class _Trainer:
                 f"the checkpoint of step {self.step} could not be saved ({self.saver.failed}); make room, "
                 "then start the same command again: it goes on from the checkpoint before"
             )
-
-    # --- start ---
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """While training, SIGTERM and SIGINT ask for a checkpoint and a stop at the next step."""
-
-        def request(number: int, _frame: Any) -> None:
-            self.stop_requested = True
-
-        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- what is shown ---
 

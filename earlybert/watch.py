@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -198,6 +198,35 @@ class Watch:
             return [
                 Report(**json.loads(self._store.get(f"rank {rank}"))) for rank in range(dist.world_size())
             ]
+
+
+@contextlib.contextmanager
+def explained(watch: Watch) -> Iterator[None]:
+    """Around a run: say why this rank ends, and turn what it raises into what the user can mend.
+
+    Raises RankLost where another rank is gone, EarlyBertError for a file that cannot be read or written.
+    """
+    why = "it stopped"
+    try:
+        yield
+    except RuntimeError as error:
+        # What a collective says when another rank is gone is a matter of sockets: say which rank.
+        if (lost := watch.lost()) is None:
+            why = str(error)
+            raise
+        raise RankLost(f"{lost}; the same command goes on from the newest checkpoint") from error
+    except EarlyBertError as error:
+        why = str(error)
+        raise
+    except OSError as error:  # a run folder that cannot be written, a file that is gone
+        why = str(error)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise EarlyBertError(
+            f"{error}; mend that, then start the same command again: it goes on from the newest checkpoint"
+        ) from error
+    finally:
+        watch.leave(why)
 
 
 def _shared_store() -> TCPStore:

@@ -28,7 +28,8 @@ def main() -> int:
     settings, mechanics = experiment.load(arguments.experiment, arguments.overrides)
 
     from earlybert.lifecycle import end_ranks, start_ranks
-    from earlybert.trainer import STOPPED, train
+    from earlybert.run import STOPPED
+    from earlybert.trainer import train
 
     start_ranks()
     try:

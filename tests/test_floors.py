@@ -10,21 +10,23 @@ FLOORS = {
     0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration"},
     1: {
         "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "ticket",
-        "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial",
+        "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial", "glue", "squad",
+        "downstream",
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
-        "baselines", "state_files", "guard", "ops",
+        "baselines", "state_files", "guard", "ops", "recipes", "tasks",
+        "scores",
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly"},
     4: {"trainer"},
-    5: {"export", "pretrained"},
+    5: {"export", "pretrained", "origin", "finetune"},
 }  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
     "deepspeed": {"engine", "lifecycle", "checkpoint", "ops"},
     "tensorboard": {"monitor"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "scores"},
 }
 GROUND = "config"
 # A floor has an order inside it where one room stands on another.
@@ -40,7 +42,9 @@ SAME_FLOOR = {
     ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("experiment", "guard"),
     ("account", "checkpoint"), ("account", "engine"), ("assembly", "checkpoint"), ("assembly", "run"),
     ("assembly", "engine"), ("assembly", "lifecycle"),
-    ("pretrained", "export"),
+    ("pretrained", "export"), ("downstream", "model"), ("tasks", "recipes"), ("scores", "recipes"),
+    ("recipes", "experiment"),
+    ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"),
 }  # fmt: skip
 
 

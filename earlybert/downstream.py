@@ -1,0 +1,120 @@
+"""EarlyBERT under other heads: none, one label or degree for a text, an answer's bounds in it.
+
+Names and outputs are those of stock BERT's `BertModel`, `BertForSequenceClassification` and
+`BertForQuestionAnswering`, so their checkpoints load here. The surprise: the first two always have a pooler;
+where the checkpoint has none (it was pretrained on masked tokens alone), it starts fresh.
+
+B sequences, T tokens, C labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
+
+from .arithmetic import Dropout
+from .configuration import EarlyBertConfig
+from .model import Body, EarlyBertPreTrainedModel
+
+
+class EarlyBertModel(EarlyBertPreTrainedModel):
+    """The encoder and its pooler alone."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^classifier\.", r"^qa_outputs\."]  # noqa: RUF012
+
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__(config)
+        self.bert = Body(config, pooled=True)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Run the encoder; all arguments [B, T], `attention_mask` 1 where a token is real."""
+        hidden, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids, None)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+
+class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
+    """A label of `config.num_labels` for each text, or a degree where that is 1."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^qa_outputs\."]  # noqa: RUF012
+
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__(config)
+        self.bert = Body(config, pooled=True)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Logits [B, C] in fp32; with `labels` [B] the mean cross-entropy, or squared error of degrees."""
+        _, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids, None)
+        logits_BC = self.classifier(self.dropout(pooled_BD)).float()
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = functional.mse_loss(logits_BC[:, 0], labels.float())
+        elif labels is not None:
+            loss = functional.cross_entropy(logits_BC, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits_BC)
+
+
+class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
+    """Where an answer begins and ends; the first token, [CLS], stands for none."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^classifier\.", r"pooler"]  # noqa: RUF012
+
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__(config)
+        self.bert = Body(config, pooled=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits [B, T] in fp32 of beginning and end; with both positions [B] the mean of their
+        cross-entropies."""
+        x_BTD, _ = self.bert(input_ids, attention_mask, token_type_ids, position_ids, None)
+        start_BT, end_BT = self.qa_outputs(x_BTD).float().unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = functional.cross_entropy(start_BT, start_positions)
+            loss = (loss + functional.cross_entropy(end_BT, end_positions)) / 2
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_BT, end_logits=end_BT)
+
+
+if not __name__.startswith("transformers_modules."):  # an export's copy must not take the package's place
+    AutoModel.register(EarlyBertConfig, EarlyBertModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        EarlyBertConfig, EarlyBertForSequenceClassification, exist_ok=True
+    )
+    AutoModelForQuestionAnswering.register(EarlyBertConfig, EarlyBertForQuestionAnswering, exist_ok=True)

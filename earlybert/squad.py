@@ -1,0 +1,339 @@
+"""SQuAD 1.1 and 2.0: questions, windows of their contexts, answers from logits, and the official scores.
+
+A context longer than the model becomes several windows that overlap. The surprise: answers are cut out of the
+context's own text by the tokenizer's offsets, so nothing has to be put together from word pieces again.
+
+W windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import bz2
+import collections
+import gzip
+import json
+import lzma
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from earlybert.config import EarlyBertError
+
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+_QUESTION_TOKENS = 64
+"""A longer question loses its end, as in BERT's own code."""
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, the text it is asked about, and the answers that count as right."""
+
+    id: str
+    text: str
+    context: str
+    answers: tuple[str, ...]
+    """As they stand in the context; none for a question that has no answer."""
+    starts: tuple[int, ...]
+    """Characters of the context before each answer."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What the model reads: a question and a part of its context each."""
+
+    input_ids: tuple[list[int], ...]
+    """[CLS] question [SEP] part of the context [SEP], of at most T tokens."""
+    token_type_ids: tuple[list[int], ...]
+    questions: tuple[int, ...]
+    """Which question each window belongs to."""
+    offsets: tuple[list[tuple[int, int] | None], ...]
+    """Characters of the context that each token covers; None for tokens that are not the context's."""
+    starts: np.ndarray
+    """int64 [W], the token where the first answer begins; 0 ([CLS]) where it is not whole in the window."""
+    ends: np.ndarray
+    """int64 [W], its last token."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text that may be the answer; "" is none."""
+
+    text: str
+    logit: float
+    """Of its beginning and its end together."""
+    probability: float
+    """Among the candidates of its question."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the model says to a question."""
+
+    candidates: tuple[Candidate, ...]
+    """Best first; with `impossible` the empty one is among them."""
+    null_odds: float | None
+    """Logit of no answer less that of the best one; None in SQuAD 1.1."""
+
+    def best(self, *, threshold: float = 0.0) -> str:
+        """The answer; "" where the odds of none are above `threshold`."""
+        if self.null_odds is not None and self.null_odds > threshold:
+            return ""
+        return next((candidate.text for candidate in self.candidates if candidate.text), "")
+
+
+def read(path: str | Path) -> tuple[Question, ...]:
+    """Read a file in SQuAD's own JSON (.json, .json.xz, .gz or .bz2) or the hub's parquet.
+
+    Raises EarlyBertError naming file and question for what is missing, and for an answer that does not stand
+    in its context where the file says.
+    """
+    path = Path(path)
+    found = tuple(_from_parquet(path) if path.suffix == ".parquet" else _from_json(path))
+    if not found:
+        raise EarlyBertError(f"{path}: the file has no questions; give the whole file")
+    ids = collections.Counter(question.id for question in found)
+    if (twice := ids.most_common(1)[0])[1] > 1:
+        raise EarlyBertError(f"{path}: {twice[1]} questions have the id {twice[0]!r}; give each its own")
+    return found
+
+
+def windows(questions: Sequence[Question], tokenizer: Any, *, length: int, stride: int) -> Windows:
+    """Cut questions and contexts into windows of `length` tokens whose contexts overlap by `stride` tokens.
+
+    `tokenizer` is a fast tokenizer of transformers. Raises EarlyBertError where a window would have no room.
+    """
+    longest = length - _QUESTION_TOKENS - 3
+    if not 0 <= stride < longest:
+        raise EarlyBertError(
+            f"windows of {length} tokens that overlap by {stride} leave no room beside a question of "
+            f"{_QUESTION_TOKENS}; use a stride below {longest}"
+        )
+    told = tokenizer(
+        [_shortened(question.text, tokenizer) for question in questions],
+        [question.context for question in questions],
+        truncation="only_second", max_length=length, stride=stride,
+        return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+    )  # fmt: skip
+    owners = tuple(told["overflow_to_sample_mapping"])
+    offsets = []
+    for window, pairs in enumerate(told["offset_mapping"]):
+        sides = told.sequence_ids(window)
+        offsets.append([pair if side == 1 else None for pair, side in zip(pairs, sides, strict=True)])
+    bounds = [_tokens_of(questions[owner], offsets[window]) for window, owner in enumerate(owners)]
+    return Windows(
+        tuple(told["input_ids"]),
+        tuple(told["token_type_ids"]),
+        owners,
+        tuple(offsets),
+        np.array([first for first, _ in bounds], dtype=np.int64),
+        np.array([last for _, last in bounds], dtype=np.int64),
+    )
+
+
+def answers(
+    questions: Sequence[Question],
+    cut: Windows,
+    starts: Sequence[np.ndarray],
+    ends: Sequence[np.ndarray],
+    *,
+    impossible: bool,
+    n_best: int = 20,
+    longest: int = 30,
+) -> list[Answered]:
+    """Turn logits into answers, one a question.
+
+    `starts`, `ends`: a window's logits [T] each. `impossible`: questions may have none (SQuAD 2.0), which is
+    what [CLS] stands for. Answers of more than `longest` tokens are not considered.
+    """
+    spans: list[list[tuple[float, str]]] = [[] for _ in questions]
+    nulls = [float("inf")] * len(questions)
+    for window, owner in enumerate(cut.questions):
+        own = cut.offsets[window]
+        start, end = (np.asarray(x[window], dtype=np.float64)[: len(own)] for x in (starts, ends))
+        nulls[owner] = min(nulls[owner], float(start[0] + end[0]))
+        context = questions[owner].context
+        inside = np.array([pair is not None and pair[1] > pair[0] for pair in own])
+        firsts, lasts = (np.argsort(-np.where(inside, x, -np.inf))[:n_best] for x in (start, end))
+        for first in firsts[inside[firsts]].tolist():
+            for last in lasts[inside[lasts]].tolist():
+                if first <= last < first + longest:
+                    (begin, _), (_, stop) = own[first], own[last]  # type: ignore[misc]
+                    spans[owner].append((float(start[first] + end[last]), context[begin:stop]))
+    return [
+        _answered(found, null if impossible else None, n_best=n_best)
+        for found, null in zip(spans, nulls, strict=True)
+    ]
+
+
+def evaluate(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
+    """SQuAD's official exact match and F1, in percent, of {question id: answer}, "" for none.
+
+    Where some questions have no answer, also those of each kind. Raises EarlyBertError for a question
+    without a prediction.
+    """
+    exact, overlap = {}, {}
+    for question in questions:
+        if question.id not in predictions:
+            raise EarlyBertError(f"question {question.id}: no answer was given; give one to each, or ''")
+        told = predictions[question.id]
+        right = [answer for answer in question.answers if normalized(answer)] or [""]
+        exact[question.id] = max(float(normalized(told) == normalized(answer)) for answer in right)
+        overlap[question.id] = max(f1(told, answer) for answer in right)
+    kinds = {"": [question.id for question in questions]}
+    if any(not question.answers for question in questions):
+        kinds["answerable "] = [question.id for question in questions if question.answers]
+        kinds["unanswerable "] = [question.id for question in questions if not question.answers]
+    return {
+        f"{kind}{name}": 100.0 * sum(values[id] for id in ids) / len(ids)
+        for kind, ids in kinds.items()
+        for name, values in (("exact", exact), ("f1", overlap))
+        if ids
+    }
+
+
+def best_threshold(questions: Sequence[Question], answered: Sequence[Answered]) -> tuple[float, float]:
+    """(threshold of the null odds with the best F1, that F1 in percent), as SQuAD 2.0's own script finds
+    it."""
+    total, gains = 0.0, []
+    for question, told in zip(questions, answered, strict=True):
+        assert told.null_odds is not None
+        text = told.best(threshold=float("inf"))
+        if question.answers:
+            gain = max(f1(text, answer) for answer in question.answers)
+        else:
+            total += 1  # right as long as the threshold is below the odds
+            gain = -float(bool(text))
+        gains.append((told.null_odds, gain))
+    gains.sort()
+    best, where = total, gains[0][0] - 1.0
+    for place, (odds, gain) in enumerate(gains, start=1):
+        total += gain
+        if total > best and (place == len(gains) or gains[place][0] > odds):
+            best, where = total, odds
+    return where, 100.0 * best / len(gains)
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation, articles and spare spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def f1(told: str, right: str) -> float:
+    """Overlap of the words of two answers; of two empty ones 1."""
+    ours, theirs = normalized(told).split(), normalized(right).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2.0 * common / (len(ours) + len(theirs))
+
+
+# --- inside ------------------------------------------------------------------------------------------------
+
+
+def _answered(spans: list[tuple[float, str]], null: float | None, *, n_best: int) -> Answered:
+    best: dict[str, float] = {}
+    for logit, text in sorted(spans, key=lambda span: -span[0]):
+        if text not in best and len(best) < n_best:
+            best[text] = logit
+    top = next(iter(best.values()), -float("inf"))
+    odds = None
+    if null is not None:
+        best[""], odds = null, null - top
+    if not best:
+        best[""] = 0.0
+    logits = np.array(list(best.values()))
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    told = [
+        Candidate(text, logit, float(share))
+        for (text, logit), share in zip(best.items(), shares, strict=True)
+    ]
+    return Answered(tuple(sorted(told, key=lambda c: -c.logit)), odds)
+
+
+def _shortened(text: str, tokenizer: Any) -> str:
+    """The question's first tokens, as text."""
+    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(told) <= _QUESTION_TOKENS else text[: told[_QUESTION_TOKENS - 1][1]]
+
+
+def _tokens_of(question: Question, offsets: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
+    """First and last token of the first answer, (0, 0) where the window does not hold all of it."""
+    if not question.answers:
+        return 0, 0
+    begin = question.starts[0]
+    end = begin + len(question.answers[0])
+    inside = [
+        token for token, pair in enumerate(offsets) if pair is not None and pair[1] > begin and pair[0] < end
+    ]
+    if not inside:
+        return 0, 0
+    first, last = offsets[inside[0]], offsets[inside[-1]]
+    assert first is not None and last is not None
+    return (inside[0], inside[-1]) if first[0] <= begin and last[1] >= end else (0, 0)
+
+
+def _from_json(path: Path) -> Iterator[Question]:
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EarlyBertError(f"{path}: {error}; give a JSON file in SQuAD's layout") from error
+    number = 0
+    try:
+        for article in values["data"]:
+            for paragraph in article["paragraphs"]:
+                for told in paragraph["qas"]:
+                    number += 1
+                    given = [] if told.get("is_impossible") else told["answers"]
+                    yield _question(
+                        path, number, id=told["id"], text=told["question"], context=paragraph["context"],
+                        answers=[answer["text"] for answer in given],
+                        starts=[answer["answer_start"] for answer in given],
+                    )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        missing = error.args[0] if isinstance(error, KeyError) else error
+        raise EarlyBertError(
+            f"{path}, question {number}: {missing!r} is missing or of the wrong type; SQuAD's layout is "
+            "data > paragraphs > context, qas > id, question, answers > text, answer_start"
+        ) from error
+
+
+def _from_parquet(path: Path) -> Iterator[Question]:
+    import pyarrow.parquet
+
+    columns = ["id", "question", "context", "answers"]
+    try:
+        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise EarlyBertError(f"{path}: {error}; the columns {', '.join(columns)} are needed") from error
+    for number, row in enumerate(rows, start=1):
+        told = row["answers"]
+        yield _question(
+            path, number, id=row["id"], text=row["question"], context=row["context"],
+            answers=told["text"], starts=told["answer_start"],
+        )  # fmt: skip
+
+
+def _question(
+    path: Path, number: int, *, id: str, text: str, context: str, answers: list[str], starts: list[int]
+) -> Question:
+    for answer, start in zip(answers, starts, strict=True):
+        if not answer or context[start : start + len(answer)] != answer:
+            near = context.find(answer) if answer else -1
+            remedy = f"it stands at {near}" if near >= 0 else "nor does it anywhere"
+            raise EarlyBertError(
+                f"{path}, question {number} ({id}): the answer {answer!r} does not stand at character "
+                f"{start} of its context; {remedy}; mend or remove the question"
+            )
+    return Question(str(id), text, context, tuple(answers), tuple(starts))

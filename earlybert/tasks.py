@@ -1,0 +1,227 @@
+"""What fine-tuning asks of a task: rows to train on, rows to judge by, a head, and what its logits are worth.
+
+`GlueTask` and `SquadTask` answer alike, so the loop knows neither. The surprise: rows are not padded here but
+in `collate`, to the longest of a micro-batch, since most of GLUE is short.
+
+B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from earlybert import glue, squad
+from earlybert.config import EarlyBertError, write_atomically
+from earlybert.downstream import EarlyBertForQuestionAnswering, EarlyBertForSequenceClassification
+from earlybert.recipes import Recipe
+
+_MULTIPLE = 8
+"""Rows of a micro-batch are padded to a multiple of this, which tensor cores like."""
+Logits = tuple[np.ndarray, ...]
+"""What the model says to one row: logits [C], or of beginning and end [T] each."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids of a split, of any lengths, and what they are trained to."""
+
+    input_ids: Sequence[list[int]]
+    token_type_ids: Sequence[list[int]]
+    targets: Mapping[str, np.ndarray]
+    """{argument of the model's forward pass: one value a row}; empty where there are none."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def collate(self, which: Sequence[int], *, pad: int, targets: bool = True) -> dict[str, torch.Tensor]:
+        """The rows `which` as a micro-batch: input_ids, token_type_ids, attention_mask [B, T] and targets."""
+        longest = max(len(self.input_ids[row]) for row in which)
+        length = -(-longest // _MULTIPLE) * _MULTIPLE
+        ids_BT = torch.full((len(which), length), pad, dtype=torch.long)
+        types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
+        for place, row in enumerate(which):
+            own = len(self.input_ids[row])
+            ids_BT[place, :own] = torch.tensor(self.input_ids[row])
+            types_BT[place, :own] = torch.tensor(self.token_type_ids[row])
+            mask_BT[place, :own] = 1
+        batch = {"input_ids": ids_BT, "token_type_ids": types_BT, "attention_mask": mask_BT}
+        if targets:
+            batch |= {name: torch.from_numpy(values[list(which)]) for name, values in self.targets.items()}
+        return batch
+
+
+class Task:
+    """What the loop asks."""
+
+    model_class: Any
+    """A class of `downstream`."""
+    model_settings: dict[str, Any]
+    """What its config gets beside the pretrained model's."""
+    train: Rows
+    evaluations: dict[str, Rows]
+    """{split: rows}, the first one's score is the task's where there are several."""
+    answers: dict[str, Rows]
+    """{split without labels: rows}, whose answers are written."""
+
+    def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
+        """What a forward pass says, one entry a row, without padding."""
+        raise NotImplementedError
+
+    def score(self, split: str, logits: Sequence[Logits]) -> dict[str, float]:
+        """The official metrics of a split, and "score", the one of the tables; all in percent."""
+        raise NotImplementedError
+
+    def write(self, split: str, logits: Sequence[Logits], to: Path) -> None:
+        """Write what the model answers to a split."""
+        raise NotImplementedError
+
+
+def load(recipe: Recipe, *, data: str, tokenizer: Any) -> Task:
+    """A task's rows; raises EarlyBertError for files that are missing or wrong."""
+    kind = SquadTask if recipe.task in _FILES else GlueTask
+    return kind(recipe, data=data, tokenizer=tokenizer)
+
+
+def check(recipe: Recipe, *, data: str) -> None:
+    """Raise EarlyBertError where a task's files are missing or wrong, before anything is trained."""
+    if recipe.task in _FILES:
+        for name in _FILES[recipe.task]:
+            squad.read(_squad_file(data, name))
+        return
+    task = glue.task_of(recipe.task)
+    for split in ("train", *task.evaluations):
+        _labelled(task, data, split)
+
+
+class GlueTask(Task):
+    """A task of GLUE's: one sentence or two, a label or a degree."""
+
+    model_class = EarlyBertForSequenceClassification
+
+    def __init__(self, recipe: Recipe, *, data: str, tokenizer: Any) -> None:
+        self.task = glue.task_of(recipe.task)
+        labels = {number: name for number, name in enumerate(self.task.labels)} or {0: "degree"}
+        self.model_settings = {
+            "id2label": labels, "label2id": {name: number for number, name in labels.items()},
+            "problem_type": "single_label_classification" if self.task.labels else "regression",
+        }  # fmt: skip
+        self._tokenizer, self._length = tokenizer, recipe.sequence_length
+        self.train = self._rows(_labelled(self.task, data, "train"))
+        self._examples = {split: _labelled(self.task, data, split) for split in self.task.evaluations}
+        self.evaluations = {split: self._rows(examples) for split, examples in self._examples.items()}
+        self.answers = {}
+        for split in self.task.evaluations.values():
+            if (found := glue.available(self.task, data, split)) is not None:
+                self._examples[split] = found
+                self.answers[split] = self._rows(found)
+
+    def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
+        return [(row,) for row in output.logits.float().cpu().numpy()]
+
+    def score(self, split: str, logits: Sequence[Logits]) -> dict[str, float]:
+        labels = self._examples[split].labels
+        assert labels is not None
+        found = glue.score(self.task, self._predicted(logits), labels)
+        return {name: 100.0 * value for name, value in found.items()}
+
+    def write(self, split: str, logits: Sequence[Logits], to: Path) -> None:
+        indices = self._examples[split].indices
+        if split in self.answers:
+            glue.write_answers(self.task, split, indices, self._predicted(logits), to)
+        else:
+            told = [f"{i}\t{value:g}\n" for i, value in zip(indices, self._predicted(logits), strict=True)]
+            write_atomically(to / f"{split}.tsv", "index\tprediction\n" + "".join(told))
+
+    def _predicted(self, logits: Sequence[Logits]) -> np.ndarray:
+        return glue.predicted(self.task, np.stack([row for (row,) in logits]))
+
+    def _rows(self, examples: glue.Examples) -> Rows:
+        told = self._tokenizer(
+            *(list(column) for column in zip(*examples.texts, strict=True)),
+            truncation=True, max_length=self._length, return_token_type_ids=True,
+            return_attention_mask=False,
+        )  # fmt: skip
+        targets = {}
+        if examples.labels is not None:
+            kind = np.int64 if self.task.labels else np.float32
+            targets["labels"] = np.array(examples.labels, dtype=kind)
+        return Rows(told["input_ids"], told["token_type_ids"], targets)
+
+
+_FILES = {"squad": ("train-v1.1", "dev-v1.1"), "squad2": ("train-v2.0", "dev-v2.0")}
+"""{task: names of its files}."""
+_SUFFIXES = (".json", ".json.xz", ".json.gz", ".json.bz2", ".parquet")
+
+
+class SquadTask(Task):
+    """SQuAD 1.1 ("squad") or 2.0 ("squad2"): a question and a text that may hold the answer."""
+
+    model_class = EarlyBertForQuestionAnswering
+
+    def __init__(self, recipe: Recipe, *, data: str, tokenizer: Any) -> None:
+        self._impossible = recipe.task == "squad2"
+        self.model_settings = {}
+        self.answers = {}
+        train, dev = (squad.read(_squad_file(data, name)) for name in _FILES[recipe.task])
+        cut = {"length": recipe.sequence_length, "stride": recipe.stride}
+        windows = squad.windows(train, tokenizer, **cut)
+        positions = {"start_positions": windows.starts, "end_positions": windows.ends}
+        self.train = Rows(windows.input_ids, windows.token_type_ids, positions)
+        self._questions, self._windows = dev, squad.windows(dev, tokenizer, **cut)
+        self.evaluations = {"dev": Rows(self._windows.input_ids, self._windows.token_type_ids, {})}
+
+    def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
+        starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
+        lengths = mask_BT.sum(1).tolist()
+        return [(starts[row, :own], ends[row, :own]) for row, own in enumerate(lengths)]
+
+    def score(self, split: str, logits: Sequence[Logits]) -> dict[str, float]:
+        answered = self._answered(logits)
+        told = {q.id: a.best() for q, a in zip(self._questions, answered, strict=True)}
+        found = squad.evaluate(self._questions, told)
+        if self._impossible:
+            found["best threshold"], found["best f1"] = squad.best_threshold(self._questions, answered)
+        return {**found, "score": found["f1"]}
+
+    def write(self, split: str, logits: Sequence[Logits], to: Path) -> None:
+        """`predictions.json` and `nbest.json` by question, and with SQuAD 2.0 `null_odds.json`: the files
+        that the official scripts read."""
+        answered = dict(zip((q.id for q in self._questions), self._answered(logits), strict=True))
+        files: dict[str, Any] = {
+            "predictions": {id: told.best() for id, told in answered.items()},
+            "nbest": {id: [vars(c) for c in told.candidates] for id, told in answered.items()},
+        }
+        if self._impossible:
+            files["null_odds"] = {id: told.null_odds for id, told in answered.items()}
+        for name, values in files.items():
+            write_atomically(to / f"{name}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+
+    def _answered(self, logits: Sequence[Logits]) -> list[squad.Answered]:
+        starts, ends = [row[0] for row in logits], [row[1] for row in logits]
+        return squad.answers(self._questions, self._windows, starts, ends, impossible=self._impossible)
+
+
+def _labelled(task: glue.Task, data: str, split: str) -> glue.Examples:
+    examples = glue.read(task, data, split)
+    if examples.labels is None:
+        raise EarlyBertError(
+            f"{data}: the split {split!r} of {task.name} has no labels; give the file with them"
+        )
+    return examples
+
+
+def _squad_file(data: str, name: str) -> Path:
+    paths = [Path(data) / f"{name}{suffix}" for suffix in _SUFFIXES]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise EarlyBertError(
+        f"{paths[0]} is not there, nor packed or as parquet; give the folder of SQuAD's files"
+    )

@@ -1,0 +1,110 @@
+"""EarlyBERT under a task's head against stock BERT: values, gradients, names, files."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+import letters
+from earlybert.downstream import (
+    EarlyBertForQuestionAnswering,
+    EarlyBertForSequenceClassification,
+    EarlyBertModel,
+)
+from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM
+
+PLAIN = {**letters.SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+KINDS = [
+    (BertForSequenceClassification, EarlyBertForSequenceClassification, {"num_labels": 3}),
+    (BertForSequenceClassification, EarlyBertForSequenceClassification, {"num_labels": 1}),
+    (BertForQuestionAnswering, EarlyBertForQuestionAnswering, {}),
+]
+
+
+def batch(kind, labels):
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.ones(3, 16, dtype=torch.long)
+    mask[1, 9:] = mask[2, 4:] = 0
+    values = {
+        "input_ids": torch.randint(5, PLAIN["vocab_size"], (3, 16), generator=generator),
+        "token_type_ids": torch.randint(0, 2, (3, 16), generator=generator),
+        "attention_mask": mask,
+    }
+    if kind is EarlyBertForQuestionAnswering:
+        return {
+            **values,
+            "start_positions": torch.tensor([3, 0, 1]),
+            "end_positions": torch.tensor([15, 0, 2]),
+        }
+    told = torch.tensor([0, 2, 1]) if labels > 1 else torch.tensor([0.5, 5.0, 2.25])
+    return {**values, "labels": told}
+
+
+@pytest.mark.parametrize(("stock", "ours", "settings"), KINDS)
+def test_heads_equal_those_of_stock_bert_in_loss_logits_and_gradients(stock, ours, settings):
+    torch.manual_seed(1)
+    theirs = stock(BertConfig(**PLAIN, **settings)).train()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model = ours(EarlyBertConfig(**PLAIN, **settings)).train()
+    model.load_state_dict(theirs.state_dict(), strict=True)
+    values = batch(ours, settings.get("num_labels", 0))
+    found, expected = model(**values), theirs(**values)
+    torch.testing.assert_close(found.loss, expected.loss)
+    names = ("start_logits", "end_logits") if "start_positions" in values else ("logits",)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    found.loss.backward()
+    expected.loss.backward()
+    gradients = dict(model.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_bare_encoder_is_stock_berts_and_opens_what_other_heads_have_saved(tmp_path):
+    torch.manual_seed(3)
+    theirs = BertModel(BertConfig(**PLAIN)).eval()
+    model = EarlyBertModel(EarlyBertConfig(**PLAIN)).eval()
+    model.load_state_dict({f"bert.{name}": value for name, value in theirs.state_dict().items()}, strict=True)
+    values = {name: v for name, v in batch(EarlyBertModel, 3).items() if name != "labels"}
+    with torch.no_grad():
+        found, expected = model(**values), theirs(**values)
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-5, atol=1e-5)
+    real = values["attention_mask"].bool()
+    torch.testing.assert_close(
+        found.last_hidden_state[real], expected.last_hidden_state[real], rtol=1e-5, atol=1e-5
+    )
+    pretrained = EarlyBertForMaskedLM(EarlyBertConfig(**PLAIN, heads_per_layer=[3, 1])).eval()
+    pretrained.save_pretrained(tmp_path)
+    opened = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(opened, EarlyBertModel) and opened.config.heads_per_layer == [3, 1]
+    hidden, _ = pretrained.bert(values["input_ids"], values["attention_mask"], None, None, None)
+    assert torch.equal(opened(values["input_ids"], values["attention_mask"]).last_hidden_state, hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto"),
+    [
+        (EarlyBertForSequenceClassification, AutoModelForSequenceClassification),
+        (EarlyBertForQuestionAnswering, AutoModelForQuestionAnswering),
+    ],
+)
+def test_a_tuned_model_is_found_by_its_auto_class_in_its_true_shape(tmp_path, kind, auto):
+    torch.manual_seed(4)
+    config = EarlyBertConfig(
+        **PLAIN, neurons_per_layer=[40, 7], id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}
+    )
+    model = kind(config).eval()
+    model.save_pretrained(tmp_path)
+    opened = auto.from_pretrained(tmp_path).eval()
+    assert type(opened) is kind and opened.config.id2label == {0: "no", 1: "yes"}
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name

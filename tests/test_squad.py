@@ -1,0 +1,259 @@
+"""SQuAD: windows that hold their answers, answers in the context's own words, and the official scores."""
+
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import letters
+from earlybert import squad
+from earlybert.config import EarlyBertError
+from earlybert.squad import Question
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "squad"
+
+
+LETTERS = letters.tokenizer()
+
+
+def question(context, answer=None, *, text="who?", id="q", at=None):
+    if answer is None:
+        return Question(id, text, context, (), ())
+    return Question(id, text, context, (answer,), (context.index(answer) if at is None else at,))
+
+
+def logits_for(cut, chosen, *, null=0.0):
+    """Logits of a model that is sure of the tokens of each window's chosen (first, last), else of [CLS]."""
+    starts, ends = [], []
+    for window, ids in enumerate(cut.input_ids):
+        start, end = np.full(len(ids), -5.0), np.full(len(ids), -5.0)
+        start[0] = end[0] = null
+        if chosen[window] is not None:
+            start[chosen[window][0]], end[chosen[window][1]] = 4.0, 4.0
+        starts.append(start)
+        ends.append(end)
+    return starts, ends
+
+
+texts = st.lists(st.text("abcé É.,'-", min_size=1, max_size=8), min_size=1, max_size=40).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(context=texts, data=st.data())
+def test_a_model_that_knows_the_tokens_gives_the_answer_back_letter_by_letter(context, data):
+    words = [word for word in context.split() if any(c.isalnum() for c in word)]
+    if not words:
+        return
+    word = data.draw(st.sampled_from(words))
+    asked = question(context, word)
+    cut = squad.windows([asked], LETTERS, length=100, stride=20)
+    held = [(s, e) if s else None for s, e in zip(cut.starts.tolist(), cut.ends.tolist(), strict=True)]
+    assert any(held), "a word of at most 8 letters lies whole in a window, since they overlap by 20"
+    (answered,) = squad.answers([asked], cut, *logits_for(cut, held), impossible=True)
+    assert answered.best() == word
+    assert answered.null_odds == pytest.approx(0.0 - 8.0)
+
+
+def test_windows_cover_the_context_overlap_and_mark_the_answer_only_where_all_of_it_lies():
+    context = " ".join(f"{'abcdefghij'[n % 10]}{n % 7}" for n in range(150))
+    asked = question(context, "c6 d0", text="why " * 100)
+    cut = squad.windows([asked], LETTERS, length=120, stride=30)
+    assert len(cut) > 3 and max(map(len, cut.input_ids)) == 120
+    covered = set()
+    for window, (ids, types) in enumerate(zip(cut.input_ids, cut.token_type_ids, strict=True)):
+        own = [pair for pair in cut.offsets[window] if pair is not None]
+        assert len(own) == sum(types) - 1 and len(ids) - len(own) == 64 + 3, "64 tokens of the question"
+        covered |= {place for pair in own for place in range(*pair)}
+        whole = any(a[0] <= asked.starts[0] for a in own) and any(b[1] >= asked.starts[0] + 5 for b in own)
+        assert whole == bool(cut.starts[window])
+        if whole:
+            first, last = cut.offsets[window][cut.starts[window]], cut.offsets[window][cut.ends[window]]
+            assert context[first[0] : last[1]] == "c6 d0"
+    assert covered == {place for place, c in enumerate(context) if c != " "}
+
+
+def test_of_overlapping_windows_the_surest_one_answers_and_none_is_the_least_sure_null():
+    context = " ".join(["ab"] * 60 + ["z"] + ["ef"] * 60)
+    asked = [question(context, "z", id="1"), question(context, id="2")]
+    cut = squad.windows(asked, LETTERS, length=120, stride=40)
+    owners = np.array(cut.questions)
+    assert (np.diff(owners) >= 0).all() and set(owners) == {0, 1}
+    starts, ends = logits_for(cut, [None] * len(cut))
+    for window, owner in enumerate(cut.questions):
+        token = cut.starts[window] if owner == 0 and cut.starts[window] else len(cut.input_ids[window]) - 2
+        starts[window][token] = ends[window][token] = 3.0 if owner == 0 and cut.starts[window] else 1.0
+        starts[window][0] = ends[window][0] = window / 10
+    first, second = squad.answers(asked, cut, starts, ends, impossible=True)
+    assert first.best() == "z" and first.candidates[0].text == "z"
+    assert sum(c.probability for c in first.candidates) == pytest.approx(1)
+    least = min(w / 5 for w, owner in enumerate(cut.questions) if owner == 1)
+    assert second.null_odds == pytest.approx(least - 2.0)
+    assert second.best(threshold=-10.0) == "" and second.best(threshold=10.0) != ""
+    (certain, _) = squad.answers(asked, cut, starts, ends, impossible=False)
+    assert certain.null_odds is None and certain.best() == "z"
+
+
+def test_no_answer_ends_before_it_begins_or_is_longer_than_asked():
+    asked = question("ab cd ef", "cd")
+    cut = squad.windows([asked], LETTERS, length=100, stride=10)
+    starts, ends = logits_for(cut, [None])
+    places = [i for i, pair in enumerate(cut.offsets[0]) if pair is not None]
+    starts[0][places[4]] = ends[0][places[0]] = 9.0
+    (told,) = squad.answers([asked], cut, starts, ends, impossible=False, longest=3)
+    assert told.candidates and all(1 <= len(c.text.replace(" ", "")) <= 3 for c in told.candidates)
+    assert len(told.candidates) == len({c.text for c in told.candidates}) <= 20
+
+
+@pytest.mark.parametrize(
+    ("told", "right", "exact", "f1"),
+    [
+        ("The Broncos", "Denver Broncos", 0, 2 / 3),  # an article is no word
+        ("the denver broncos!", "Denver Broncos", 1, 1),
+        ("a an the", "", 1, 1),  # nothing is left
+        ("Denver", "", 0, 0),
+        ("", "Denver", 0, 0),
+        ("in 1066, in 1066", "1066", 0, 2 * 1 / 5),  # each word counts as often as it stands on both sides
+        ("U.S.", "us", 1, 1),  # punctuation goes without a space
+        ("well-known", "well known", 0, 0),
+        ("theory of  the\tgames", "theory of games", 1, 1),  # "the" within a word stays
+    ],
+)
+def test_exact_match_and_f1_are_the_official_ones(told, right, exact, f1):
+    found = squad.evaluate([question(right or "x", right or None)], {"q": told})
+    assert found["exact"] == 100 * exact and found["f1"] == pytest.approx(100 * f1)
+
+
+def test_the_best_of_several_right_answers_counts_and_kinds_are_told_apart():
+    asked = [
+        Question("1", "?", "one two three", ("one", "two three"), (0, 4)),
+        Question("2", "?", "one", (), ()),
+        Question("3", "?", "one", (), ()),
+    ]
+    found = squad.evaluate(asked, {"1": "three", "2": "", "3": "one"})
+    assert found == pytest.approx(
+        {
+            "exact": 100 / 3, "f1": 100 * (2 / 3 + 1) / 3, "answerable exact": 0.0,
+            "answerable f1": 200 / 3, "unanswerable exact": 50.0, "unanswerable f1": 50.0,
+        }
+    )  # fmt: skip
+    with pytest.raises(EarlyBertError, match="question 3: no answer was given"):
+        squad.evaluate(asked, {"1": "", "2": ""})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-5, 5), st.sampled_from(["right", "wrong", "none"])), min_size=1))
+def test_the_best_threshold_is_the_best_of_all(cases):
+    asked, answered = [], []
+    for number, (odds, kind) in enumerate(cases):
+        context = "yes no"
+        asked.append(question(context, None if kind == "none" else "yes", id=str(number)))
+        text = "no" if kind == "wrong" else "yes"
+        answered.append(squad.Answered((squad.Candidate(text, 0.0, 1.0),), float(odds)))
+
+    def reached(threshold):
+        told = {q.id: a.best(threshold=threshold) for q, a in zip(asked, answered, strict=True)}
+        return squad.evaluate(asked, told)["f1"]
+
+    threshold, best = squad.best_threshold(asked, answered)
+    assert reached(threshold) == pytest.approx(best)
+    assert best == pytest.approx(max(reached(t) for t in np.arange(-6.5, 6.5, 0.5)))
+
+
+def as_json(*asked, impossible=False):
+    return {
+        "version": "v2.0" if impossible else "1.1",
+        "data": [
+            {
+                "title": "t",
+                "paragraphs": [
+                    {
+                        "context": q.context,
+                        "qas": [
+                            {
+                                "id": q.id,
+                                "question": q.text,
+                                "answers": [
+                                    {"text": t, "answer_start": s}
+                                    for t, s in zip(q.answers, q.starts, strict=True)
+                                ],
+                                **({"is_impossible": not q.answers} if impossible else {}),
+                            }
+                        ],
+                    }
+                    for q in asked
+                ],
+            }
+        ],
+    }
+
+
+def test_json_packed_json_and_parquet_read_the_same(tmp_path):
+    asked = (question("one two", "two", id="a"), question("three", id="b"))
+    (tmp_path / "v2.json").write_text(json.dumps(as_json(*asked, impossible=True)))
+    with lzma.open(tmp_path / "v2.json.xz", "wt") as file:
+        json.dump(as_json(*asked, impossible=True), file)
+    rows = [
+        {
+            "id": q.id, "title": "t", "context": q.context, "question": q.text,
+            "answers": {"text": list(q.answers), "answer_start": list(q.starts)},
+        }
+        for q in asked
+    ]  # fmt: skip
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "v2.parquet")
+    for name in ("v2.json", "v2.json.xz", "v2.parquet"):
+        assert squad.read(tmp_path / name) == asked
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v["data"][0]["paragraphs"][1]["qas"][0].pop("question"), "question 2: 'question'"),
+        (lambda v: v.pop("data"), "'data' is missing"),
+        (lambda v: v.update(data=[]), "the file has no questions"),
+        (
+            lambda v: v["data"][0]["paragraphs"][0]["qas"][0]["answers"][0].update(answer_start=1),
+            "question 1 (a): the answer 'two' does not stand at character 1 of its context; it stands at 4",
+        ),
+        (
+            lambda v: v["data"][0]["paragraphs"][0]["qas"][0]["answers"][0].update(text="four"),
+            "question 1 (a): the answer 'four' does not stand at character 4 of its context; nor does it",
+        ),
+        (lambda v: v["data"][0]["paragraphs"][1]["qas"][0].update(id="a"), "2 questions have the id 'a'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_told_with_its_question(tmp_path, change, says):
+    values = as_json(question("one two", "two", id="a"), question("three", "three", id="b"))
+    change(values)
+    (tmp_path / "bad.json").write_text(json.dumps(values))
+    with pytest.raises(EarlyBertError, match="bad.json") as refused:
+        squad.read(tmp_path / "bad.json")
+    assert says in str(refused.value)
+
+
+def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refused(tmp_path):
+    (tmp_path / "bad.json").write_text('{"data": [')
+    (tmp_path / "bad.json.xz").write_bytes(b"\xfd7zXZ\x00rest")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    for name in ("bad.json", "bad.json.xz", "bad.parquet", "none.json"):
+        with pytest.raises(EarlyBertError, match=name):
+            squad.read(tmp_path / name)
+    with pytest.raises(EarlyBertError, match="use a stride below 33"):
+        squad.windows([question("a", "a")], LETTERS, length=100, stride=33)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="SQuAD's files are not here")
+def test_the_real_files_have_their_official_counts_and_perfect_answers_score_100():
+    dev = squad.read(SHARED / "dev-v1.1.json.xz")
+    assert len(dev) == 10570
+    assert squad.evaluate(dev, {q.id: q.answers[0] for q in dev}) == {"exact": 100.0, "f1": 100.0}
+    part = squad.read(SHARED / "part-v2.0.json.xz")
+    none = sum(not q.answers for q in part)
+    assert len(part) == 6078 and 0 < none < 6078
+    found = squad.evaluate(part, {q.id: "" for q in part})
+    assert found["exact"] == pytest.approx(100 * none / 6078) and found["unanswerable f1"] == 100
