@@ -192,8 +192,11 @@ def plot(told: dict[str, Any], path: Path) -> None:
         losses.plot(middle["seconds"], middle["losses"], label=arm)
         passed = list(pairwise(zip(middle["seconds"], middle["steps"], strict=True)))
         paces = [(after[0] - before[0]) / (after[1] - before[1]) for before, after in passed]
-        steps.stairs(paces, middle["steps"])
-    losses.set(xlabel="training time, s", ylabel="held-out masked-LM loss")
+        steps.stairs(paces, middle["steps"], baseline=None)
+    early = max(
+        c["losses"][min(1, len(c["losses"]) - 1)] for curves in told["curves"].values() for c in curves
+    )
+    losses.set(xlabel="training time, s", ylabel="held-out masked-LM loss", ylim=(None, early))
     steps.set(xlabel="step", ylabel="seconds a step", ylim=(0, None))
     for axes in (losses, steps):
         axes.grid(alpha=0.3)
