@@ -2,7 +2,8 @@
 
 Names and outputs are those of stock BERT's `BertModel`, `BertForSequenceClassification` and
 `BertForQuestionAnswering`, so their checkpoints load here. The surprise: the first two always have a pooler;
-where the checkpoint has none (it was pretrained on masked tokens alone), it starts fresh.
+where the checkpoint has none (it was pretrained on masked tokens alone), it starts fresh. Exports carry a
+copy.
 
 B sequences, T tokens, C labels.
 """

@@ -1,8 +1,8 @@
 """A trained model for others to load: *compact* in its true shape, or *dense* in that of stock BERT.
 
-Compact carries copies of `model.py` and what it imports beside the weights, so it loads with
-`trust_remote_code=True` where this package is not installed, and through the package without it. Dense has
-the coefficients folded in and zeros where heads and neurons went. Either is loaded again from disk and
+Compact carries copies of `model.py`, `downstream.py` and what they import beside the weights, so it loads
+with `trust_remote_code=True` where this package is not installed, and through the package without it. Dense
+has the coefficients folded in and zeros where heads and neurons went. Either is loaded again from disk and
 compared with the trained model before it gets its name.
 """
 
@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from earlybert import arithmetic, checkpoint, configuration
+from earlybert import arithmetic, checkpoint, configuration, downstream
 from earlybert import model as modelling
 from earlybert.adapters import bert_layers
 from earlybert.checkpoint import Checkpoint
@@ -38,7 +38,15 @@ from earlybert.shrink import index_map, present, uncut, without_coefficients
 from earlybert.ticket import Kept
 
 Form = Literal["compact", "dense"]
-CODE = "modeling_earlybert.py"
+CODE = {
+    "AutoConfig": EarlyBertConfig,
+    "AutoModel": downstream.EarlyBertModel,
+    "AutoModelForMaskedLM": EarlyBertForMaskedLM,
+    "AutoModelForPreTraining": EarlyBertForPreTraining,
+    "AutoModelForQuestionAnswering": downstream.EarlyBertForQuestionAnswering,
+    "AutoModelForSequenceClassification": downstream.EarlyBertForSequenceClassification,
+}
+"""What transformers' Auto classes find in a compact export."""
 MARK = "earlybert_export.json"
 """Stands in every export, so that an export may replace an older one and nothing else."""
 TOLERANCE = 1e-5
@@ -191,16 +199,17 @@ def _model(source: Source) -> EarlyBertForPreTraining:
 
 def _write_compact(source: Source, trained: EarlyBertForPreTraining, folder: Path) -> None:
     trained.save_pretrained(folder)
-    shutil.copy(modelling.__file__, folder / CODE)
-    for imported in (arithmetic, configuration):
-        shutil.copy(str(imported.__file__), folder)
-    code = CODE.removesuffix(".py")
+    carry_code(folder)
+
+
+def carry_code(folder: Path) -> None:
+    """Put the modelling code beside a saved EarlyBERT, where the Auto classes look for it."""
+    for carried in (arithmetic, configuration, modelling, downstream):
+        shutil.copy(str(carried.__file__), folder)
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values["auto_map"] = {
-        "AutoConfig": f"{code}.EarlyBertConfig",
-        "AutoModelForMaskedLM": f"{code}.EarlyBertForMaskedLM",
-        "AutoModelForPreTraining": f"{code}.EarlyBertForPreTraining",
+        auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in CODE.items()
     }
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -145,7 +145,13 @@ def check_optimizer(optimizer: Any, *, where: str) -> None:
 
 def check_config(values: Mapping[str, Any], *, where: str) -> None:
     """Let DeepSpeed's own checks see a complete config (batch sizes filled in); raises SettingsError with its
-    words."""
+    words, and for a precision that this device does not compute in."""
+    precision, device = mechanics.precision_of(values), get_accelerator()
+    if precision == "fp16" and not device.is_fp16_supported():
+        raise SettingsError(
+            f"{where}: fp16 is enabled, but this {device.device_name()} does not compute in it; use a "
+            "DeepSpeed JSON with bf16, or with neither for fp32"
+        )
     try:
         DeepSpeedConfig(mechanics.close_traps(values))
     except (pydantic.ValidationError, AssertionError, ValueError, DeepSpeedConfigError) as error:

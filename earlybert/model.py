@@ -4,8 +4,8 @@ Parameters are named as in Hugging Face's `BertForPreTraining`, whose weights
 load here.
 
 The surprise: the masked-LM head runs on masked positions only. With `masked_positions`, `prediction_logits`
-has a row for each of them, not for each token. Exports carry copies of this file, `arithmetic.py`
-and `configuration.py`, which import nothing else of their package.
+has a row for each of them, not for each token. Exports carry copies of this file, `downstream.py`,
+`arithmetic.py` and `configuration.py`, which import nothing else of their package.
 
 B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head size, F neurons, V vocabulary.
 """

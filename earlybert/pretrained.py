@@ -26,8 +26,8 @@ from earlybert.downstream import (
     EarlyBertModel,
 )
 from earlybert.engine import Engine
-from earlybert.export import MARK, Form, new_folder, refuse_difference
-from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining
+from earlybert.export import MARK, Form, carry_code, new_folder, refuse_difference
+from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining, EarlyBertPreTrainedModel
 from earlybert.shrink import index_map, present, uncut, without_coefficients
 
 
@@ -109,6 +109,8 @@ def _write(engine: Engine, weights: dict[str, torch.Tensor], to: Path, *, form: 
                 weights = {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
             written = _filled(adapter, adapter.dense(config), weights)
         written.save_pretrained(hidden, max_shard_size="1TB")
+        if isinstance(written, EarlyBertPreTrainedModel):
+            carry_code(hidden)
         loaded = load(hidden) if form == "compact" else type(written).from_pretrained(hidden).eval()
         difference, scale = _difference(trained, loaded)
         refuse_difference(to, difference, scale=scale, form=form)

@@ -14,8 +14,6 @@ from earlybert import dist, state
 from earlybert.adapters import bert_layers
 from earlybert.shrink import cut
 
-FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-"""DeepSpeed's own question whether this CPU computes in fp16."""
 VARIANTS = [("keep", "train"), ("reset", "freeze"), ("keep", "freeze")]
 """Moments and coefficients after the draw."""
 
@@ -183,7 +181,7 @@ def two_draws(stage, precision, start):
 def variants_of(stage):
     yield {"stage": stage, "precision": "fp32"}
     yield {"stage": stage, "precision": "bf16"}
-    if FP16 and stage:
+    if tiny.FP16 and stage:
         yield {"stage": stage, "precision": "fp16"}
     if stage:  # DeepSpeed has no fp32 accumulation of 16-bit gradients at stage 0
         yield {"stage": stage, "precision": "bf16", "fp32_accumulation": True}

@@ -36,7 +36,10 @@ ELSEWHERE = """
 import json, sys
 sys.modules["earlybert"] = None  # any import of the package fails
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification, AutoTokenizer, pipeline,
+)
 folder, trust, pretraining = sys.argv[1], sys.argv[2] == "compact", sys.argv[3] == "nsp"
 words = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 batch = words(["the cat sat on a [MASK]", "my dog"], padding=True, return_tensors="pt")
@@ -47,6 +50,11 @@ with torch.no_grad():
     if pretraining:
         model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=trust).eval()
         told["pairs"] = model(**batch).seq_relationship_logits.flatten().tolist()
+    model = AutoModel.from_pretrained(folder, trust_remote_code=trust).eval()
+    told["hidden"] = model(**batch).last_hidden_state[batch["attention_mask"].bool()].flatten().tolist()
+    for auto, labels in ((AutoModelForQuestionAnswering, 2), (AutoModelForSequenceClassification, 3)):
+        model = auto.from_pretrained(folder, trust_remote_code=trust, num_labels=labels).eval()
+        told[auto.__name__] = [list(value.shape) for value in model(**batch).values()]
 filled = pipeline("fill-mask", model=folder, trust_remote_code=trust)("the cat sat on a [MASK] .")
 told["filled"] = [one["token_str"] for one in filled]
 print(json.dumps(told))
@@ -117,6 +125,15 @@ def logits_of(source, batch):
         return model.eval()(**batch)
 
 
+def expected_hidden(source, batch):
+    model = EarlyBertForPreTraining(source.config)
+    model.load_state_dict(source.weights, strict=True)
+    with torch.no_grad():
+        ids, types, mask = (batch[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
+        hidden_BTD, _ = model.eval().bert(ids, mask, types, None, None)
+    return hidden_BTD[mask.bool()]
+
+
 def near(ours, theirs):
     torch.testing.assert_close(torch.as_tensor(ours).flatten(), theirs.flatten(), rtol=1e-5, atol=1e-5)
 
@@ -137,6 +154,9 @@ def test_an_export_loads_and_fills_masks_where_the_package_is_not(tmp_path, toke
     near(told["logits"], expected.prediction_logits)
     if next_sentence:
         near(told["pairs"], expected.seq_relationship_logits)
+    near(told["hidden"], expected_hidden(source, batch_of(to)))
+    assert told["AutoModelForSequenceClassification"] == [[2, 3]]
+    assert told["AutoModelForQuestionAnswering"] == [[2, batch_of(to)["input_ids"].shape[1]]] * 2
     assert told["type"] == ("earlybert" if form == "compact" else "bert")
     assert len(told["filled"]) == 5 and set(told["filled"]) <= set(WORDS)
 
@@ -240,12 +260,12 @@ def test_a_file_in_the_place_of_the_export_is_refused(tmp_path, tokenizer):
 def test_the_copied_code_is_the_package_s_own_and_the_card_has_the_run_s_figures(tmp_path, tokenizer):
     export(trained(tokenizer), to=tmp_path / "out", form="compact")
     package = Path(exporting.__file__).parent
-    carried = {"modeling_earlybert.py": "model.py"}
-    carried |= {name: name for name in ("arithmetic.py", "configuration.py")}
-    for name, room in carried.items():
-        own = (package / room).read_text()
+    carried = {"model.py", "downstream.py", "arithmetic.py", "configuration.py"}
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == carried
+    for name in carried:
+        own = (package / name).read_text()
         assert (tmp_path / "out" / name).read_text() == own
-        assert set(re.findall(r"^from \.(\w*)", own, re.M)) <= {"arithmetic", "configuration"}
+        assert {f"{room}.py" for room in re.findall(r"^from \.(\w*)", own, re.M)} <= carried
         assert not re.search(r"^\s*(from|import) earlybert", own, re.M)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "4 of 8 heads and 15 of 80 neurons" in card and "optimizer steps: 1,234" in card

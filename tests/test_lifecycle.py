@@ -71,6 +71,19 @@ def test_what_deepspeed_refuses_is_said_with_the_files_name(zero):
         lifecycle.check_config(values, where="ds.json")
 
 
+def test_a_precision_that_the_device_does_not_have_is_refused_with_what_to_use(monkeypatch):
+    values = {
+        "zero_optimization": {"stage": 1}, "fp16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    device = type(lifecycle.get_accelerator())
+    monkeypatch.setattr(device, "is_fp16_supported", lambda self: True)
+    lifecycle.check_config(values, where="ds.json")
+    monkeypatch.setattr(device, "is_fp16_supported", lambda self: False)
+    with pytest.raises(SettingsError, match=r"ds\.json: fp16 is enabled, but this cpu does not"):
+        lifecycle.check_config(values, where="ds.json")
+
+
 def test_an_optimizer_whose_state_is_not_known_is_refused_before_it_has_any():
     lifecycle.check_optimizer(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]), where="ds.json")
     with pytest.raises(SettingsError, match=r"ds\.json: what the optimizer RMSprop keeps .*could not cut it"):

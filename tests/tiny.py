@@ -16,6 +16,8 @@ from earlybert.shrink import Cut, index_map
 from earlybert.ticket import Kept, TicketSettings
 
 LENGTH, MICRO, ACCUMULATION = 12, 2, 2
+FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+"""DeepSpeed's own question whether this machine computes in fp16: some CPUs do not."""
 RATE, DECAY = 3e-3, 0.1
 
 

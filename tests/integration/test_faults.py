@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_pretrain import Folder, told, wait_for_step
 
+import tiny
 from earlybert import checkpoint
 from earlybert.data import DataSettings, PackedSamples
 from earlybert.faults import VARIABLE
@@ -175,6 +176,7 @@ def test_a_run_folder_that_cannot_be_written_is_said_in_one_line(unbroken):
     assert_goes_on(unbroken, "unwritable")
 
 
+@pytest.mark.skipif(not tiny.FP16, reason="no fp16 on this processor")
 def test_fp16_overflows_are_skipped_and_counted_and_the_scaler_lives_through_a_kill(tmp_path):
     folder = Folder(tmp_path, stage=1, precision="bf16")
     mechanics = {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True, "initial_scale_power": 24}}
