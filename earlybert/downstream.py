@@ -60,7 +60,8 @@ class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
         super().__init__(config)
         self.bert = Body(config, pooled=True)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 2)
+        assert config.num_labels is not None
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(

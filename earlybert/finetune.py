@@ -115,11 +115,14 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
                 run.describe(settings, mechanics_values, corpus=origin.fingerprint)
             for name in settings.tasks:
                 recipe = settings.of(name)
+                folders = {seed: claim.folder / name / f"seed-{seed}" for seed in settings.seeds}
+                done = dist.from_rank_0({seed for seed, f in folders.items() if (f / "result.json").exists()})
+                if done == folders.keys():
+                    continue
                 watch.mark(f"reading {name}")
                 task = tasks.load(recipe, data=settings.data, tokenizer=origin.tokenizer)
-                for seed in settings.seeds:
-                    folder = claim.folder / name / f"seed-{seed}"
-                    if dist.from_rank_0((folder / "result.json").exists()):
+                for seed, folder in folders.items():
+                    if seed in done:
                         continue
                     tuning = _Tuning(
                         settings, mechanics_values, recipe=recipe, task=task, origin=origin, seed=seed,
@@ -179,6 +182,7 @@ class _Tuning:
             f"{self.recipe.task}, seed {self.seed}: {len(self.task.train):,} rows, {self.plan.total:,} steps "
             f"of {self.recipe.batch}, {parameter_count(engine.module):,} parameters; from step {self.step:,}"
         )
+        stop = False
         while self.step < self.plan.total:
             drawn, stop = self._train_step(engine)
             if drawn:
@@ -195,7 +199,7 @@ class _Tuning:
                 self._say(f"stopped at step {self.step:,}; the same command goes on from here")
                 return False
         self._finish(engine)
-        return True
+        return not stop
 
     def close(self) -> None:
         if self.engine is not None:
@@ -267,7 +271,7 @@ class _Tuning:
             del loss  # it holds the engine, which a draw must be able to free
             if micro < self.accumulation - 1:
                 engine.step()
-        sums[1] = float(self.signals.asked or self.claim.stop_asked())
+        sums[1] = float(self.claim.stop_asked() or self.signals.asked)
         total, stop = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
         mean = total / len(rows)
         if not math.isfinite(mean):
@@ -297,7 +301,9 @@ class _Tuning:
         }  # fmt: skip
         self.memory.loss, self.memory.steps = 0.0, 0
         if judged:
-            scores = self.memory.scores[str(self.step)] = self._judge(engine)
+            scores = self.memory.scores[str(self.step)] = self._judge(
+                engine, last=self.step == self.plan.total
+            )
             for split, found in scores.items():
                 values |= {f"{split}/{name}": value for name, value in found.items()}
         if self.monitor is not None:
@@ -312,16 +318,16 @@ class _Tuning:
                 f"  eta {duration(left)}  {told}".rstrip()
             )
 
-    def _judge(self, engine: Engine, *, write: bool = False) -> dict[str, dict[str, float]]:
-        """The metrics of each split that has labels; with `write` all answers are written. Collective."""
+    def _judge(self, engine: Engine, *, last: bool) -> dict[str, dict[str, float]]:
+        """The metrics of each split that has labels; the `last` time all answers are written. Collective."""
         scores = {}
-        for split, rows in {**self.task.evaluations, **(self.task.answers if write else {})}.items():
+        for split, rows in {**self.task.evaluations, **(self.task.answers if last else {})}.items():
             logits = self._logits(engine, rows, split=split)
-            if write and dist.rank() == 0:
-                self.task.write(split, logits, self.folder)
-            if split in self.task.evaluations:
-                scores[split] = dist.from_rank_0(self.task.score(split, logits) if dist.rank() == 0 else {})
-        return scores
+            to = self.folder if last else None
+            scores[split] = dist.from_rank_0(
+                self.task.judge(split, logits, to=to) if dist.rank() == 0 else {}
+            )
+        return {split: found for split, found in scores.items() if found}
 
     def _logits(self, engine: Engine, rows: Rows, *, split: str) -> list[Logits]:
         """What the model says to each row, on rank 0; others get what is empty. Collective."""
@@ -344,8 +350,8 @@ class _Tuning:
         return [told[row] for row in range(len(rows))]
 
     def _finish(self, engine: Engine) -> None:
-        """Write answers and result, and let the checkpoints go. Collective."""
-        scores = self._judge(engine, write=True)
+        """Write the result, and let the checkpoints go. Collective."""
+        scores = self.memory.scores[str(self.plan.total)]
         if self.settings.keep_models:
             pretrained.save(engine, self.folder / "model")
             if dist.rank() == 0:

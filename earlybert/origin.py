@@ -7,6 +7,7 @@ something else; the task's own starts fresh, from its seed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class Origin:
     def pad(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of shape and weights."""
         told = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())

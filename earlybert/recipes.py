@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from earlybert import glue, mechanics
-from earlybert.config import SettingsError, as_dict, override, parse, read_toml
+from earlybert import glue, mechanics, squad
+from earlybert.config import EarlyBertError, SettingsError, as_dict, override, parse, read_toml
 from earlybert.experiment import OptimizerSettings
 from earlybert.schedule import PhaseSettings
 from earlybert.ticket import TicketSettings
 
-SQUADS = ("squad", "squad2")
+SQUADS = tuple(squad.FILES)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Recipe:
             )
         try:
             self.curve(steps=1)
-        except SettingsError as error:
+            if self.task in SQUADS:
+                squad.check_room(length=self.sequence_length, stride=self.stride)
+        except EarlyBertError as error:
             raise SettingsError(f"{where}: {error}") from error
 
     def curve(self, *, steps: int) -> PhaseSettings:

@@ -24,6 +24,8 @@ import numpy as np
 
 from earlybert.config import EarlyBertError
 
+FILES = {"squad": ("train-v1.1", "dev-v1.1"), "squad2": ("train-v2.0", "dev-v2.0")}
+"""{task: names of its files}."""
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _QUESTION_TOKENS = 64
 """A longer question loses its end, as in BERT's own code."""
@@ -107,17 +109,27 @@ def read(path: str | Path) -> tuple[Question, ...]:
     return found
 
 
+def check_room(*, length: int, stride: int) -> None:
+    """Raise EarlyBertError where windows of `length` tokens have no room for new ones beside a question."""
+    longest = length - _QUESTION_TOKENS - 3
+    if longest < 1:
+        raise EarlyBertError(
+            f"windows of {length} tokens have no room for a context beside a question of "
+            f"{_QUESTION_TOKENS}; use a sequence_length of at least {_QUESTION_TOKENS + 4}"
+        )
+    if not 0 <= stride < longest:
+        raise EarlyBertError(
+            f"windows of {length} tokens that overlap by {stride} leave no room beside a question of "
+            f"{_QUESTION_TOKENS}; use a longer sequence_length, or a stride below {longest}"
+        )
+
+
 def windows(questions: Sequence[Question], tokenizer: Any, *, length: int, stride: int) -> Windows:
     """Cut questions and contexts into windows of `length` tokens whose contexts overlap by `stride` tokens.
 
     `tokenizer` is a fast tokenizer of transformers. Raises EarlyBertError where a window would have no room.
     """
-    longest = length - _QUESTION_TOKENS - 3
-    if not 0 <= stride < longest:
-        raise EarlyBertError(
-            f"windows of {length} tokens that overlap by {stride} leave no room beside a question of "
-            f"{_QUESTION_TOKENS}; use a stride below {longest}"
-        )
+    check_room(length=length, stride=stride)
     told = tokenizer(
         [_shortened(question.text, tokenizer) for question in questions],
         [question.context for question in questions],

@@ -66,7 +66,7 @@ class Task:
     """What its config gets beside the pretrained model's."""
     train: Rows
     evaluations: dict[str, Rows]
-    """{split: rows}, the first one's score is the task's where there are several."""
+    """{split: rows}; the mean of their scores is the task's."""
     answers: dict[str, Rows]
     """{split without labels: rows}, whose answers are written."""
 
@@ -74,30 +74,29 @@ class Task:
         """What a forward pass says, one entry a row, without padding."""
         raise NotImplementedError
 
-    def score(self, split: str, logits: Sequence[Logits]) -> dict[str, float]:
-        """The official metrics of a split, and "score", the one of the tables; all in percent."""
-        raise NotImplementedError
-
-    def write(self, split: str, logits: Sequence[Logits], to: Path) -> None:
-        """Write what the model answers to a split."""
+    def judge(self, split: str, logits: Sequence[Logits], *, to: Path | None) -> dict[str, float]:
+        """The official metrics of a split, and "score", the one of the tables, in percent; nothing for a
+        split without labels. The answers are written into `to`, where that is given."""
         raise NotImplementedError
 
 
 def load(recipe: Recipe, *, data: str, tokenizer: Any) -> Task:
     """A task's rows; raises EarlyBertError for files that are missing or wrong."""
-    kind = SquadTask if recipe.task in _FILES else GlueTask
+    kind = SquadTask if recipe.task in squad.FILES else GlueTask
     return kind(recipe, data=data, tokenizer=tokenizer)
 
 
 def check(recipe: Recipe, *, data: str) -> None:
     """Raise EarlyBertError where a task's files are missing or wrong, before anything is trained."""
-    if recipe.task in _FILES:
-        for name in _FILES[recipe.task]:
+    if recipe.task in squad.FILES:
+        for name in squad.FILES[recipe.task]:
             squad.read(_squad_file(data, name))
         return
     task = glue.task_of(recipe.task)
     for split in ("train", *task.evaluations):
         _labelled(task, data, split)
+    for split in task.evaluations.values():
+        glue.available(task, data, split)
 
 
 class GlueTask(Task):
@@ -125,22 +124,18 @@ class GlueTask(Task):
     def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
         return [(row,) for row in output.logits.float().cpu().numpy()]
 
-    def score(self, split: str, logits: Sequence[Logits]) -> dict[str, float]:
-        labels = self._examples[split].labels
-        assert labels is not None
-        found = glue.score(self.task, self._predicted(logits), labels)
-        return {name: 100.0 * value for name, value in found.items()}
-
-    def write(self, split: str, logits: Sequence[Logits], to: Path) -> None:
-        indices = self._examples[split].indices
-        if split in self.answers:
-            glue.write_answers(self.task, split, indices, self._predicted(logits), to)
-        else:
-            told = [f"{i}\t{value:g}\n" for i, value in zip(indices, self._predicted(logits), strict=True)]
+    def judge(self, split: str, logits: Sequence[Logits], *, to: Path | None) -> dict[str, float]:
+        examples = self._examples[split]
+        predictions = glue.predicted(self.task, np.stack([row for (row,) in logits]))
+        if to is not None and split in self.answers:
+            glue.write_answers(self.task, split, examples.indices, predictions, to)
+        elif to is not None:
+            told = [f"{i}\t{value:g}\n" for i, value in zip(examples.indices, predictions, strict=True)]
             write_atomically(to / f"{split}.tsv", "index\tprediction\n" + "".join(told))
-
-    def _predicted(self, logits: Sequence[Logits]) -> np.ndarray:
-        return glue.predicted(self.task, np.stack([row for (row,) in logits]))
+        if examples.labels is None:
+            return {}
+        found = glue.score(self.task, predictions, examples.labels)
+        return {name: 100.0 * value for name, value in found.items()}
 
     def _rows(self, examples: glue.Examples) -> Rows:
         told = self._tokenizer(
@@ -155,8 +150,6 @@ class GlueTask(Task):
         return Rows(told["input_ids"], told["token_type_ids"], targets)
 
 
-_FILES = {"squad": ("train-v1.1", "dev-v1.1"), "squad2": ("train-v2.0", "dev-v2.0")}
-"""{task: names of its files}."""
 _SUFFIXES = (".json", ".json.xz", ".json.gz", ".json.bz2", ".parquet")
 
 
@@ -169,7 +162,7 @@ class SquadTask(Task):
         self._impossible = recipe.task == "squad2"
         self.model_settings = {}
         self.answers = {}
-        train, dev = (squad.read(_squad_file(data, name)) for name in _FILES[recipe.task])
+        train, dev = (squad.read(_squad_file(data, name)) for name in squad.FILES[recipe.task])
         cut = {"length": recipe.sequence_length, "stride": recipe.stride}
         windows = squad.windows(train, tokenizer, **cut)
         positions = {"start_positions": windows.starts, "end_positions": windows.ends}
@@ -182,18 +175,20 @@ class SquadTask(Task):
         lengths = mask_BT.sum(1).tolist()
         return [(starts[row, :own], ends[row, :own]) for row, own in enumerate(lengths)]
 
-    def score(self, split: str, logits: Sequence[Logits]) -> dict[str, float]:
-        answered = self._answered(logits)
+    def judge(self, split: str, logits: Sequence[Logits], *, to: Path | None) -> dict[str, float]:
+        starts, ends = [row[0] for row in logits], [row[1] for row in logits]
+        answered = squad.answers(self._questions, self._windows, starts, ends, impossible=self._impossible)
         told = {q.id: a.best() for q, a in zip(self._questions, answered, strict=True)}
+        if to is not None:
+            self._write(dict(zip(told, answered, strict=True)), to)
         found = squad.evaluate(self._questions, told)
         if self._impossible:
             found["best threshold"], found["best f1"] = squad.best_threshold(self._questions, answered)
         return {**found, "score": found["f1"]}
 
-    def write(self, split: str, logits: Sequence[Logits], to: Path) -> None:
+    def _write(self, answered: Mapping[str, squad.Answered], to: Path) -> None:
         """`predictions.json` and `nbest.json` by question, and with SQuAD 2.0 `null_odds.json`: the files
         that the official scripts read."""
-        answered = dict(zip((q.id for q in self._questions), self._answered(logits), strict=True))
         files: dict[str, Any] = {
             "predictions": {id: told.best() for id, told in answered.items()},
             "nbest": {id: [vars(c) for c in told.candidates] for id, told in answered.items()},
@@ -202,10 +197,6 @@ class SquadTask(Task):
             files["null_odds"] = {id: told.null_odds for id, told in answered.items()}
         for name, values in files.items():
             write_atomically(to / f"{name}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-
-    def _answered(self, logits: Sequence[Logits]) -> list[squad.Answered]:
-        starts, ends = [row[0] for row in logits], [row[1] for row in logits]
-        return squad.answers(self._questions, self._windows, starts, ends, impossible=self._impossible)
 
 
 def _labelled(task: glue.Task, data: str, split: str) -> glue.Examples:

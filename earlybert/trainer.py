@@ -215,7 +215,7 @@ class _Trainer:
             del output, loss  # they refer to the engine, which a draw in `step` must be able to free
             if micro < accumulation - 1:
                 engine.step()
-        self.stop_requested |= self.signals.asked or self.claim.stop_asked()
+        self.stop_requested |= self.claim.stop_asked() or self.signals.asked
         sums[3] = float(self.stop_requested)
         sums[4] = float(self.saver.writing)
         total, correct, counted, stop, writing = dist.sum_over_ranks(

@@ -243,8 +243,11 @@ def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refuse
     for name in ("bad.json", "bad.json.xz", "bad.parquet", "none.json"):
         with pytest.raises(EarlyBertError, match=name):
             squad.read(tmp_path / name)
-    with pytest.raises(EarlyBertError, match="use a stride below 33"):
+    with pytest.raises(EarlyBertError, match="or a stride below 33"):
         squad.windows([question("a", "a")], LETTERS, length=100, stride=33)
+    with pytest.raises(EarlyBertError, match="use a sequence_length of at least 68"):
+        squad.check_room(length=67, stride=0)
+    squad.check_room(length=68, stride=0)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="SQuAD's files are not here")
