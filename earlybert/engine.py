@@ -399,6 +399,7 @@ class Engine:
         except (pydantic.ValidationError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
             raise SettingsError(f"{self._where}: DeepSpeed refuses it: {error}") from error
         self.inner = inner
+        guard.judge_by_norm(inner.optimizer)
         if self.searching:
             check_optimizer(inner.optimizer, where=self._where)
         self.adapter.attach(module)

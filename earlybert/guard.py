@@ -7,6 +7,7 @@ those whose own loss is bad.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -125,3 +126,28 @@ def plain_norm(inner: Any) -> float | None:
         inner.module.zero_grad(set_to_none=True)
         inner.skipped_steps += 1
     return norm
+
+
+def judge_by_norm(optimizer: Any) -> None:
+    """Let a ZeRO-1 or 2 optimizer look at its gradients once a step instead of three times a parameter.
+
+    DeepSpeed first asks each gradient for numbers that are not finite and then, in double precision, for its
+    norm, which such a number spoils too: on a GPU these launches took 40 of the 50 ms of BERT-Base's update
+    (LOG.md). The norm stays as it is and alone decides, on all ranks alike, since it is summed over them.
+    """
+    if type(optimizer).__name__ != "DeepSpeedZeroOptimizer":
+        return
+    if optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.has_overflow = lambda partition_gradients=True: False
+        optimizer.get_grad_norm_direct = functools.partial(_norm, optimizer.dp_process_group)
+
+
+def _norm(group: Any, gradients: Sequence[torch.Tensor], _: Any, norm_type: float = 2) -> torch.Tensor:
+    """The norm of what all ranks hold of a parameter group, fp32; -1 where it is not finite. Collective."""
+    assert norm_type == 2
+    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    squares = [torch.stack(torch._foreach_norm(own, dtype=torch.float64)).square().sum()] if own else []
+    total = sum(squares, torch.zeros((), dtype=torch.float64, device=dist.collective_device())).float()
+    torch.distributed.all_reduce(total, group=group)
+    norm = total.sqrt()
+    return torch.where(norm.isfinite(), norm, -1.0)

@@ -20,8 +20,19 @@ class LossScale:
 
     value: torch.Tensor | None = None
 
+    def __init__(self) -> None:
+        self._times: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+
     def record(self, gradient: torch.Tensor) -> None:
         self.value = gradient.detach()
+        self._times = {}
+
+    def times(self, factor: float, dtype: torch.dtype) -> torch.Tensor:
+        """`factor` times the scale, a scalar; computed once a backward pass for all who ask."""
+        assert self.value is not None
+        if (factor, dtype) not in self._times:
+            self._times[factor, dtype] = (factor * self.value).to(dtype)
+        return self._times[factor, dtype]
 
 
 def penalise(
@@ -33,8 +44,9 @@ def penalise(
     """
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
-        assert scale.value is not None and parameter.shape == gradient.shape
-        return gradient + (penalty * scale.value).to(gradient.dtype) * parameter.detach().sign()
+        assert parameter.shape == gradient.shape
+        weight = scale.times(penalty, gradient.dtype)
+        return torch.addcmul(gradient, parameter.detach().sign().to(gradient.dtype), weight)
 
     return hook
 
