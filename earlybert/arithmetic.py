@@ -66,12 +66,24 @@ class CrossEntropy(torch.autograd.Function):
         logits_RV, told_R, own_R1, log_R1 = ctx.saved_tensors
         result_RV = torch.empty_like(logits_RV)
         weight_R1 = (gradient * told_R)[:, None]
+        words_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
         minus_R1 = torch.full_like(log_R1, -1)
         for first in range(0, len(logits_RV), ctx.rows):
             rows = slice(first, first + ctx.rows)
             scores_rV = logits_RV[rows].to(torch.float32, copy=True).sub_(log_R1[rows]).exp_()
-            result_RV[rows] = scores_rV.scatter_add_(1, own_R1[rows], minus_R1[rows]).mul_(weight_R1[rows])
+            if scores_rV.is_cuda:  # compiled: one pass from logits to gradient; a scatter would break it up
+                scores_rV = torch.where(words_V == own_R1[rows], scores_rV - 1, scores_rV)
+            else:
+                scores_rV.scatter_add_(1, own_R1[rows], minus_R1[rows])
+            result_RV[rows] = scores_rV.mul_(weight_R1[rows])
         return result_RV, None
+
+
+class MaskedLoss(nn.Module):
+    """`CrossEntropy` as a module, so that it can be compiled by itself."""
+
+    def forward(self, logits_RV: torch.Tensor, labels_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return CrossEntropy.apply(logits_RV, labels_R)
 
 
 def dropped(x: torch.Tensor, probability: float) -> torch.Tensor:

@@ -29,6 +29,7 @@ from earlybert.lifecycle import (
     OutputMarks,
     check_config,
     check_optimizer,
+    compile_module,
     empty_module,
     start_ranks,
     tear_down,
@@ -152,10 +153,9 @@ class Engine:
         return getattr(self.inner, name)
 
     def compile(self, **options: Any) -> None:
-        """Compile the module as DeepSpeed's `compile` does; after a draw the small module is compiled
-        anew."""
+        """Compile the module, with DeepSpeed's arguments; after a draw the small module is compiled anew."""
         self._compile_options = options
-        self.inner.compile(**options)
+        compile_module(self.inner, options)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Run the backward pass; the L1 term's gradient joins in the coefficients, scaled like the loss."""
@@ -409,7 +409,7 @@ class Engine:
             base.attach(state.segments(inner))
         state.seed(inner, start)
         if self._compile_options is not None:
-            inner.compile(**self._compile_options)
+            compile_module(inner, self._compile_options)
         if self._anchors_at(inner.global_steps):
             self.anchor = state.read(inner, moments=False)
 

@@ -13,9 +13,10 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,49 @@ def empty_module(build: Callable[[], torch.nn.Module], *, config: Mapping[str, A
                     made[id(parameter)] = real
                 owner._parameters[name] = made[id(parameter)]
     return module
+
+
+def compile_module(inner: Any, options: Mapping[str, Any]) -> None:
+    """Compile an engine's module, `options` as for DeepSpeed's `compile`.
+
+    Where the module names its `regions`, each is compiled by itself, and those alike share their code: a
+    model costs the compiler one layer instead of all, of whatever widths.
+    """
+    regions = getattr(inner.module, "regions", None)
+    if regions is None:
+        inner.compile(**options)
+        return
+    # Process-wide, as all of Dynamo's settings: without them each width of a layer is compiled anew, and past
+    # the eighth not at all.
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    deepspeed.utils.nvtx.enable_nvtx = False  # its marks would break the graphs
+    backend = options.get("backend") or get_accelerator().get_compile_backend()
+    found = regions()
+    for kind in {type(region) for region in found}:
+        _mark_widths([region for region in found if type(region) is kind])
+    for region in found:
+        region.compile(**{**options.get("compile_kwargs", {}), "backend": backend})
+    inner._is_compiled = True
+
+
+def _mark_widths(regions: Sequence[torch.nn.Module]) -> None:
+    """Tell the compiler which sizes differ between regions of one kind.
+
+    Left to itself it finds out at the second region, and the first one's code, of fixed sizes, rounds
+    otherwise: then what a layer computes would depend on what was compiled before it.
+    """
+    for alike in zip(*(region.parameters() for region in regions), strict=True):
+        for dim, sizes in enumerate(zip(*(parameter.shape for parameter in alike), strict=True)):
+            if len(set(sizes)) > 1:
+                for parameter in alike:
+                    torch._dynamo.maybe_mark_dynamic(parameter, dim)
+
+
+def compile_seconds() -> float:
+    """Time that torch.compile has taken since it was last reset, backward passes among it."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported where nothing was compiled
+    return 0.0 if dynamo is None else dynamo.calculate_time_spent().get("total_wall_time", 0.0)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraini
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .arithmetic import ACTIVATIONS, IGNORED, CrossEntropy, Dropout, Visible, attend, visible
+from .arithmetic import ACTIVATIONS, IGNORED, Dropout, MaskedLoss, Visible, attend, visible
 from .configuration import EarlyBertConfig
 
 
@@ -82,7 +82,7 @@ class _Embeddings(nn.Module):
 class _SelfAttention(nn.Module):
     def __init__(self, config: EarlyBertConfig, heads: int) -> None:
         super().__init__()
-        self.heads, self.head_size = heads, config.head_size
+        self.head_size = config.head_size
         self.attention_dropout = config.attention_probs_dropout_prob
         inner = heads * config.head_size
         self.query = nn.Linear(config.hidden_size, inner)
@@ -92,11 +92,10 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, mask: Visible) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(contexts of the heads side by side, a factor for each of their columns)."""
-        split = (*x_BTD.shape[:2], self.heads, self.head_size)
+        split = (*x_BTD.shape[:2], -1, self.head_size)
         q, k, v = (layer(x_BTD).view(split).transpose(1, 2) for layer in (self.query, self.key, self.value))
         dropout = self.attention_dropout if self.training else 0.0
-        context_BTNH = attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2)
-        inner_BTI = context_BTNH.reshape(*split[:2], self.heads * self.head_size)
+        inner_BTI = attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2).flatten(2)
         if self.coefficients is None:
             return inner_BTI, None
         return inner_BTI, self.coefficients[:, None].expand(-1, self.head_size).reshape(-1)
@@ -260,6 +259,10 @@ class EarlyBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     bert: Body
 
+    def regions(self) -> list[nn.Module]:
+        """The modules that `Engine.compile` compiles, each by itself; what is between them stays as it is."""
+        return [self.bert.embeddings, *self.bert.encoder.layer]
+
     def get_input_embeddings(self) -> nn.Module:
         return self.bert.embeddings.word_embeddings
 
@@ -297,7 +300,12 @@ class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
         super().__init__(config)
         self.bert = Body(config, pooled=config.next_sentence)
         self.cls = _Heads(config)
+        self.masked_loss = MaskedLoss()
         self.post_init()
+
+    def regions(self) -> list[nn.Module]:
+        """As of every EarlyBERT, and the masked-LM head and its loss."""
+        return [*super().regions(), self.cls.predictions, self.masked_loss]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.cls.predictions.decoder
@@ -354,7 +362,7 @@ class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
         output = EarlyBertOutput(prediction_logits=None if shape is None else logits.view(*shape, -1))
         if targets is not None:
             output.counted = (targets != IGNORED).sum()
-            total, output.correct = CrossEntropy.apply(logits, targets)
+            total, output.correct = self.masked_loss(logits, targets)
             # A rank's share of a held-out set may hold no label at all: its loss is 0, not 0 / 0.
             output.loss = total / output.counted.clamp(min=1)
         if pooled_BD is not None and self.cls.seq_relationship is not None:

@@ -24,6 +24,7 @@ from earlybert.account import Memory, Sums
 from earlybert.assembly import Assembly
 from earlybert.config import EarlyBertError
 from earlybert.experiment import Experiment
+from earlybert.lifecycle import compile_seconds
 from earlybert.loader import MicroBatch
 from earlybert.monitor import Monitor, duration, progress_line
 from earlybert.schedule import At
@@ -187,7 +188,7 @@ class _Trainer:
 
         Raises _GoBack where its numbers are bad and the settings say so, before any update.
         """
-        began = time.perf_counter()
+        began, compiled = time.perf_counter(), compile_seconds()
         engine, device = self.engine, self._device()
         engine.learning_rate = at.learning_rate
         self.warming = engine.warming
@@ -239,6 +240,8 @@ class _Trainer:
         line.steps += 1
         line.tokens += at.settings.batch * at.settings.sequence_length
         line.seconds += seconds
+        spent = compile_seconds()  # a draw sets the clock back to 0
+        line.compiling += spent - compiled if spent >= compiled else spent
         memory.trained_seconds += seconds
         return stop > 0
 
