@@ -79,6 +79,10 @@ def main() -> int:
     train.add_argument("--document", type=int, help="mean tokens of a document; 4 rows if not given")
     ticket = commands.add_parser("ticket", help="what the search costs a step, and what the ticket saves")
     ticket.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
+    ticket.add_argument("--compile", action="store_true", help="by torch.compile, as model.compile does")
+    ticket.add_argument("--dropout", type=float, default=0.1)
+    ticket.add_argument("--head-ratio", type=float, default=1 / 3, help="of each layer's heads that go")
+    ticket.add_argument("--neuron-ratio", type=float, default=0.3, help="of all neurons that go")
     for command in (train, ticket):
         command.add_argument("--shape", choices=SHAPES, default="mini")
         command.add_argument("--length", type=int, default=128, help="tokens a row")

@@ -13,7 +13,10 @@ def test_the_step_of_the_search_and_of_the_ticket_are_held_against_the_dense_one
     from benchmarks import engines, ticket
 
     monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
-    arguments = Namespace(shape="tiny", length=16, batch=2, ranks=1, stage=1, steps=6, rounds=2)
+    arguments = Namespace(
+        shape="tiny", length=16, batch=2, ranks=1, stage=1, steps=6, rounds=2, compile=False, dropout=0.1,
+        head_ratio=0.5, neuron_ratio=0.3,
+    )  # fmt: skip
     figures = ticket.measure(arguments, Path())
     heads, neurons = figures["widths"]
     assert sum(heads) < 8 and sum(neurons) < 256, "drawn at its first step"

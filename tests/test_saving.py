@@ -66,14 +66,14 @@ def test_the_time_to_a_loss_lies_on_the_line_between_two_evaluations(saving):
     assert (curve.at(0.0), curve.at(9.9), curve.at(50.0)) == (8.0, 6.0, 5.0)
 
 
-def test_time_is_that_of_steps_and_draws_and_not_of_evaluations(saving, tmp_path):
+def test_time_is_that_of_steps_and_draws_and_not_of_evaluations_or_the_compiler(saving, tmp_path):
     lines = [
         {"step": 0, "eval_loss": 9.0},
-        {"step": 4, "step_seconds": 0.5},
+        {"step": 4, "step_seconds": 3.0, "compile_seconds": 10.0},
         {"step": 6, "step_seconds": 1.0, "eval_loss": 7.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert saving.curve(tmp_path) == saving.Curve((0, 6), (0.0, 4.0), (9.0, 7.0))
+    assert saving.curve(tmp_path) == saving.Curve((0, 6), (0.0, 4.0), (9.0, 7.0), 10.0)
 
 
 def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tickets_shape(saving, tmp_path):

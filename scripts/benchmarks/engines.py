@@ -25,7 +25,12 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def engine_of(
-    arguments: argparse.Namespace, ticket: Any, *, config: dict[str, Any] | None = None, positions: int = 512
+    arguments: argparse.Namespace,
+    ticket: Any,
+    *,
+    config: dict[str, Any] | None = None,
+    positions: int = 512,
+    dropout: float = 0.1,
 ) -> Any:
     """An engine of the shape, in bf16; it searches where `ticket` is enabled.
 
@@ -47,6 +52,8 @@ def engine_of(
             num_attention_heads=shape["heads"],
             intermediate_size=4 * shape["hidden"],
             max_position_embeddings=positions,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
             coefficients="train" if ticket.enabled else "none",
         )
     )

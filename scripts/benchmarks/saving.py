@@ -11,7 +11,8 @@ with the first seed, then its best one goes on with the other seeds.
 - and any variant of the ticket by its overrides (--also 'reset: ticket.moments=reset')
 
 Time is that of training: steps (which wait for the loader), looks and draws; evaluations and checkpoints, the
-same for all, are left out.
+same for all, are left out, and so is the time that torch.compile takes, which does not grow with a run and is
+told beside it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Curve:
     steps: tuple[int, ...]
     seconds: tuple[float, ...]
     losses: tuple[float, ...]
+    compiling: float = 0.0
+    """Seconds of torch.compile, which are not among the others."""
 
     @property
     def final(self) -> float:
@@ -141,6 +144,7 @@ def figures(arguments: argparse.Namespace) -> dict[str, Any]:
             "learning_rate": best(arm, arguments).rate,
             "final_loss": [c.final for c in curves],
             "seconds": [c.seconds[-1] for c in curves],
+            "compile_seconds": [c.compiling for c in curves],
             "share_of_time_to_dense_loss": shares,
             "share_of_steps_to_dense_loss": steps,
             "loss_at_equal_time": [own.at(dense.seconds[-1]) for dense, own in pairs],
@@ -206,16 +210,18 @@ def plot(told: dict[str, Any], path: Path) -> None:
 
 def curve(folder: Path) -> Curve:
     """A run's held-out losses over its training time, from its metrics."""
-    steps, seconds, losses, total, last = [], [], [], 0.0, 0
+    steps, seconds, losses, total, compiling, last = [], [], [], 0.0, 0.0, 0
     for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        total += line.get("step_seconds", 0.0) * (line["step"] - last)
+        compiled = line.get("compile_seconds", 0.0)
+        compiling += compiled
+        total += line.get("step_seconds", 0.0) * (line["step"] - last) - compiled
         last = line["step"]
         if "eval_loss" in line:
             steps.append(last)
             seconds.append(total)
             losses.append(line["eval_loss"])
-    return Curve(tuple(steps), tuple(seconds), tuple(losses))
+    return Curve(tuple(steps), tuple(seconds), tuple(losses), compiling)
 
 
 # --- one run -----------------------------------------------------------------------------------------------

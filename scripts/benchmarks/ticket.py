@@ -33,13 +33,21 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = {
         "dense": TicketSettings(enabled=False),
         "search": TicketSettings(every=_LOOKS, minimum_step=_NEVER, latest_step=_NEVER),
-        "shrunken": TicketSettings(every=1, minimum_step=1, latest_step=1),
+        "shrunken": TicketSettings(
+            every=1,
+            minimum_step=1,
+            latest_step=1,
+            head_ratio=arguments.head_ratio,
+            neuron_ratio=arguments.neuron_ratio,
+        ),
     }
     share = arguments.batch // arguments.ranks
     shipped, _ = mechanics.load(_CONFIGS / f"zero{arguments.stage}_bf16.json")
     config = mechanics.complete(shipped, micro_batch=share, accumulation=1, clipping=1.0)
     engines = {
-        kind: engine_of(arguments, ticket, config=config, positions=arguments.length)
+        kind: engine_of(
+            arguments, ticket, config=config, positions=arguments.length, dropout=arguments.dropout
+        )
         for kind, ticket in settings.items()
     }
     guesses = predictions_a_row(arguments.length, probability=0.15)
@@ -49,8 +57,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "masked_positions": guessed,
         "masked_labels": torch.randint(5, VOCABULARY, guessed.shape),
     }
-    for engine in engines.values():
-        for _ in range(_LOOKS + 1):  # a look is never a block's first step
+    step(engines["shrunken"], batch)  # draws
+    if arguments.compile:
+        for engine in engines.values():
+            engine.compile()
+    for kind, engine in engines.items():
+        for _ in range(_LOOKS + (kind != "shrunken")):  # a look is never a block's first step
             step(engine, batch)
     times: dict[str, list[float]] = {kind: [] for kind in [*engines, "look"]}
     for _ in range(-(-arguments.rounds * arguments.steps // (_LOOKS - 1))):
@@ -71,7 +83,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     medians = {kind: statistics.median(taken) for kind, taken in times.items()}
     look = (medians["look"] - medians["search"]) / TicketSettings().every
     return {
-        "length": arguments.length, "batch": arguments.batch, "seconds": medians, "widths": widths,
+        "length": arguments.length, "batch": arguments.batch, "compile": arguments.compile,
+        "dropout": arguments.dropout, "seconds": medians, "widths": widths,
         "quartiles": {kind: statistics.quantiles(taken, n=4) for kind, taken in times.items()},
         "flops_ratio": small / dense, "search_ratio": (medians["search"] + look) / medians["dense"],
         "ticket_ratio": medians["shrunken"] / medians["dense"], "every": TicketSettings().every,
@@ -81,7 +94,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def tell(figures: dict[str, Any]) -> None:
     print(
         f"{figures['shape']}, {figures['length']} tokens, global batch {figures['batch']}, bf16, "
-        f"ZeRO-{figures['stage']}, {figures['ranks']} ranks; {figures['device']}\n"
+        f"ZeRO-{figures['stage']}, {figures['ranks']} ranks{', compiled' if figures['compile'] else ''}; "
+        f"{figures['device']}\n"
     )
     print("| step | seconds (middle half) | of dense | promised by FLOPs |")
     print("|---|---|---|---|")

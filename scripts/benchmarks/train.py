@@ -31,6 +31,8 @@ _WARM = 5
 """Steps before the clock counts."""
 _REST = 5
 """Steps of ours after the clock has stopped: it evaluates and saves there."""
+_LOADERS = min(4, os.cpu_count() or 1)
+"""Processes a rank that make micro-batches; on two cores one would do, a GPU waits for less than four."""
 _VOCABULARY = 30_592
 KINDS = ("ours", "trainer", "trainer-ranks", "trainer-deepspeed", "deepspeed")
 OWN = {
@@ -168,7 +170,8 @@ def run_program(kind: str, job: Figures) -> Figures:
     out.unlink(missing_ok=True)
     ranks = 1 if kind == "trainer" else job["ranks"]
     command = [sys.executable, "-m", "benchmarks.train", kind, json.dumps(job)]
-    path = f"{_SCRIPTS}{os.pathsep}{_SCRIPTS.parent}"
+    places = [str(_SCRIPTS), str(_SCRIPTS.parent), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(place for place in places if place)
     with open(Path(job["folder"]) / "log.txt", "w+") as log:
         processes = start(command, ranks=ranks, log=log, TOKENIZERS_PARALLELISM="false", PYTHONPATH=path)
         codes = [process.wait() for process in processes]
@@ -252,6 +255,7 @@ heads = {heads}
 positions = {length}
 [data]
 corpus = "{corpus}"
+workers = {loaders}
 [[phases]]
 steps = {total}
 sequence_length = {length}
@@ -278,7 +282,8 @@ def _ours(job: Figures, *, words: str) -> None:
         shutil.rmtree(runs, ignore_errors=True)
         text = _EXPERIMENT.format(
             runs=runs, json=_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json", corpus=folder / "corpus",
-            total=_WARM + job["steps"] + _REST, share=job["batch"] // job["ranks"], **job["sizes"], **job,
+            total=_WARM + job["steps"] + _REST, share=job["batch"] // job["ranks"], loaders=_LOADERS,
+            **job["sizes"], **job,
         )  # fmt: skip
         (folder / "experiment.toml").write_text(text)
     else:
@@ -349,7 +354,7 @@ def _trainer(job: Figures, *, ranks: int, deepspeed: bool) -> None:
     settings = transformers.TrainingArguments(
         output_dir=str(Path(job["folder"]) / "trainer"), max_steps=_WARM + job["steps"], bf16=True,
         per_device_train_batch_size=job["batch"] // ranks, learning_rate=1e-4, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=1,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=_LOADERS,
         optim="adamw_torch_fused", use_cpu=not torch.cuda.is_available(),
         deepspeed=_zero2(job) if deepspeed else None,
         ddp_backend=None if ranks == 1 else "nccl" if torch.cuda.is_available() else "gloo",
