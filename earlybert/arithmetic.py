@@ -127,8 +127,13 @@ def visible(
     """What each token of `x_BTD` attends to, in the form that `attend` is fastest with.
 
     Documents on a GPU in 16 bits, where a mask would keep PyTorch from its flash kernels (which know no
-    dropout for them); else a mask.
+    dropout for them); else a mask. Raises ValueError for a `mask_BT` that has not two dimensions.
     """
+    if mask_BT is not None and mask_BT.ndim != 2:
+        raise ValueError(
+            f"attention_mask has the shape {list(mask_BT.shape)}; give [sequences, tokens], 1 where a token "
+            "is real, 0 where it is padding"
+        )
     if segments_BT is None:
         return None if mask_BT is None else mask_BT[:, None, None, :].bool()
     fused = varlen_attn is not None and x_BTD.device.type == "cuda" and x_BTD.dtype != torch.float32

@@ -18,6 +18,8 @@ class EarlyBertConfig(PretrainedConfig):
     """Shape and settings of an EarlyBERT; `*_per_layer` are true widths, the scalars the dense model's."""
 
     model_type = "earlybert"
+    keys_to_ignore_at_inference = ["correct", "counted"]  # noqa: RUF012 - a list, as Trainer adds to it
+    """Counts, which Hugging Face's Trainer must not take for predictions."""
 
     def __init__(
         self,

@@ -10,6 +10,8 @@ B sequences, T tokens, C labels.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -23,10 +25,11 @@ from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
 )
+from transformers.utils.generic import can_return_tuple
 
 from .arithmetic import Dropout
 from .configuration import EarlyBertConfig
-from .model import Body, EarlyBertPreTrainedModel
+from .model import Asked, Body, EarlyBertPreTrainedModel
 
 
 class EarlyBertModel(EarlyBertPreTrainedModel):
@@ -39,16 +42,21 @@ class EarlyBertModel(EarlyBertPreTrainedModel):
         self.bert = Body(config, pooled=True)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        **asked: Unpack[Asked],
     ) -> BaseModelOutputWithPooling:
         """Run the encoder; all arguments [B, T], `attention_mask` 1 where a token is real."""
-        hidden, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids, None)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+        batch = (input_ids, attention_mask, token_type_ids, position_ids)
+        hidden, pooled, states = self.bert(*batch, **asked)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden, pooler_output=pooled, hidden_states=states
+        )
 
 
 class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
@@ -64,6 +72,7 @@ class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -71,16 +80,26 @@ class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        **asked: Unpack[Asked],
     ) -> SequenceClassifierOutput:
-        """Logits [B, C] in fp32; with `labels` [B] the mean cross-entropy, or squared error of degrees."""
-        _, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids, None)
+        """Logits [B, C] in fp32; with `labels` the mean of what `config.problem_type` says.
+
+        Where it says nothing: the squared error of degrees [B] if C is 1, cross-entropy of numbers [B], and
+        that of a yes or no for each label where they are floats [B, C].
+        """
+        batch = (input_ids, attention_mask, token_type_ids, position_ids)
+        _, pooled_BD, states = self.bert(*batch, **asked)
         logits_BC = self.classifier(self.dropout(pooled_BD)).float()
-        loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = functional.mse_loss(logits_BC[:, 0], labels.float())
-        elif labels is not None:
-            loss = functional.cross_entropy(logits_BC, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits_BC)
+        loss = None if labels is None else self._loss(logits_BC, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits_BC, hidden_states=states)
+
+    def _loss(self, logits_BC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        problem = self.config.problem_type
+        if problem == "regression" or (problem is None and self.config.num_labels == 1):
+            return functional.mse_loss(logits_BC, labels.float().view_as(logits_BC))
+        if problem == "multi_label_classification" or (problem is None and labels.is_floating_point()):
+            return functional.binary_cross_entropy_with_logits(logits_BC, labels.float())
+        return functional.cross_entropy(logits_BC, labels.flatten())
 
 
 class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
@@ -94,6 +113,7 @@ class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -102,16 +122,20 @@ class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
+        **asked: Unpack[Asked],
     ) -> QuestionAnsweringModelOutput:
         """Logits [B, T] in fp32 of beginning and end; with both positions [B] the mean of their
         cross-entropies."""
-        x_BTD, _ = self.bert(input_ids, attention_mask, token_type_ids, position_ids, None)
+        batch = (input_ids, attention_mask, token_type_ids, position_ids)
+        x_BTD, _, states = self.bert(*batch, **asked)
         start_BT, end_BT = self.qa_outputs(x_BTD).float().unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = functional.cross_entropy(start_BT, start_positions)
             loss = (loss + functional.cross_entropy(end_BT, end_positions)) / 2
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_BT, end_logits=end_BT)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_BT, end_logits=end_BT, hidden_states=states
+        )
 
 
 if not __name__.startswith("transformers_modules."):  # an export's copy must not take the package's place

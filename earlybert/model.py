@@ -13,6 +13,7 @@ B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .arithmetic import ACTIVATIONS, IGNORED, Dropout, MaskedLoss, Visible, attend, visible
 from .configuration import EarlyBertConfig
@@ -36,6 +38,8 @@ class EarlyBertOutput(ModelOutput):
     """[B, P, V] with `masked_positions`, else [B, T, V]; None where `labels` were given in training mode."""
     seq_relationship_logits: torch.Tensor | None = None
     """[B, 2]; class 1 means that the second segment does not follow the first."""
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    """[B, T, D] of the embeddings and of each layer, where they were asked for."""
     correct: torch.Tensor | None = None
     """Masked positions predicted right, a scalar."""
     counted: torch.Tensor | None = None
@@ -49,6 +53,7 @@ class EarlyBertMaskedLMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     """As `EarlyBertOutput.prediction_logits`."""
+    hidden_states: tuple[torch.Tensor, ...] | None = None
     correct: torch.Tensor | None = None
     counted: torch.Tensor | None = None
 
@@ -56,6 +61,26 @@ class EarlyBertMaskedLMOutput(ModelOutput):
     def prediction_logits(self) -> torch.Tensor | None:
         """`logits` under the name of `EarlyBertOutput`."""
         return self.logits
+
+
+class Asked(TypedDict, total=False):
+    """What stock BERT can be asked for beside its answer; None: what the configuration says."""
+
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    """Refused: attention goes through kernels that keep no weights."""
+
+
+class Packed(Asked, total=False):
+    """What pretraining says beside stock BERT's arguments.
+
+    Not parameters with names of their own: Hugging Face's Trainer takes every one that has "label" in its
+    name for a label that each batch must have, and would evaluate without a loss.
+    """
+
+    masked_positions: torch.Tensor
+    masked_labels: torch.Tensor
+    segments: torch.Tensor
 
 
 class _Embeddings(nn.Module):
@@ -178,13 +203,20 @@ class _Encoder(nn.Module):
         self.LayerNorm = norm
         self.gradient_checkpointing = False
 
-    def forward(self, x_BTD: torch.Tensor, mask: Visible) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, mask: Visible, *, keep: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """(hidden states, with `keep` those of the embeddings and of each layer, the former among them)."""
+        kept = [x_BTD]
         for layer in self.layer:
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, mask, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, mask)
-        return x_BTD if self.LayerNorm is None else self.LayerNorm(x_BTD)
+            if keep:
+                kept.append(x_BTD)
+        x_BTD = x_BTD if self.LayerNorm is None else self.LayerNorm(x_BTD)
+        return x_BTD, (*kept[:-1], x_BTD) if keep else None
 
 
 class _Pooler(nn.Module):
@@ -204,7 +236,7 @@ class Body(nn.Module):
         self.embeddings = _Embeddings(config)
         self.encoder = _Encoder(config)
         self.pooler = _Pooler(config) if pooled else None
-        self.attention_dropout = config.attention_probs_dropout_prob
+        self.config = config
 
     def forward(
         self,
@@ -212,13 +244,24 @@ class Body(nn.Module):
         mask_BT: torch.Tensor | None,
         types_BT: torch.Tensor | None,
         positions_BT: torch.Tensor | None,
-        segments_BT: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        segments_BT: torch.Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
+        """(last hidden states, pooled, all hidden states). Raises ValueError where attention weights are
+        asked for, and for a mask of another shape than [B, T]."""
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions is set: attention weights are not kept here; load the dense export with "
+                'attn_implementation="eager", which has them'
+            )
         x_BTD = self.embeddings(ids_BT, types_BT, positions_BT)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         mask = visible(mask_BT, segments_BT, x_BTD=x_BTD, dropout=dropout)
-        x_BTD = self.encoder(x_BTD, mask)
-        return x_BTD, None if self.pooler is None else self.pooler(x_BTD)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        x_BTD, states = self.encoder(x_BTD, mask, keep=bool(keep))
+        return x_BTD, None if self.pooler is None else self.pooler(x_BTD), states
 
 
 class _Transform(nn.Module):
@@ -256,6 +299,7 @@ class EarlyBertPreTrainedModel(PreTrainedModel):
     config_class = EarlyBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # a loss is the mean over its own batch, whatever a Trainer accumulates
     _supports_sdpa = True
     bert: Body
 
@@ -313,17 +357,16 @@ class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.cls.predictions.decoder = value  # type: ignore[assignment]
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        masked_positions: torch.Tensor | None = None,
-        masked_labels: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
+        **packed: Unpack[Packed],
     ) -> EarlyBertOutput:
         """Run the encoder and the heads.
 
@@ -335,6 +378,19 @@ class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
         rows only) or `labels`, as stock BERT has them; in training mode the head then runs on the labelled
         rows only. Raises ValueError for both, and for labels that have no head or no positions.
         """
+        batch = (input_ids, attention_mask, token_type_ids, position_ids)
+        return self._answer(*batch, labels=labels, next_sentence_label=next_sentence_label, **packed)
+
+    def _answer(
+        self,
+        *batch: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        next_sentence_label: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+        masked_labels: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        **asked: Unpack[Asked],
+    ) -> EarlyBertOutput:
         if masked_positions is not None and labels is not None:
             raise ValueError(
                 "labels and masked_positions are both given; give one (masked_labels go with the latter)"
@@ -345,7 +401,7 @@ class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
             raise ValueError(
                 "next_sentence_label is given to a model without that head; set config.next_sentence"
             )
-        x_BTD, pooled_BD = self.bert(input_ids, attention_mask, token_type_ids, position_ids, segments)
+        x_BTD, pooled_BD, states = self.bert(*batch, segments, **asked)
         rows, targets, shape = x_BTD.flatten(0, 1), None, None
         if masked_positions is not None:
             first_B1 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None] * x_BTD.shape[1]
@@ -357,26 +413,30 @@ class EarlyBertForPreTraining(EarlyBertPreTrainedModel):
             rows, targets = rows.index_select(0, labelled), labels.flatten()[labelled]
         else:
             targets = None if labels is None else labels.flatten()
-            shape = input_ids.shape
+            shape = x_BTD.shape[:2]
         logits = self.cls.predictions(rows)
-        output = EarlyBertOutput(prediction_logits=None if shape is None else logits.view(*shape, -1))
+        loss = correct = counted = pairs_B2 = None
         if targets is not None:
-            output.counted = (targets != IGNORED).sum()
-            total, output.correct = self.masked_loss(logits, targets)
+            counted = (targets != IGNORED).sum()
+            total, correct = self.masked_loss(logits, targets)
             # A rank's share of a held-out set may hold no label at all: its loss is 0, not 0 / 0.
-            output.loss = total / output.counted.clamp(min=1)
+            loss = total / counted.clamp(min=1)
         if pooled_BD is not None and self.cls.seq_relationship is not None:
-            output.seq_relationship_logits = self.cls.seq_relationship(pooled_BD)
+            pairs_B2 = self.cls.seq_relationship(pooled_BD)
             if next_sentence_label is not None:
                 told = (next_sentence_label != IGNORED).sum().clamp(min=1)
                 pair = functional.cross_entropy(
-                    output.seq_relationship_logits.float(),
-                    next_sentence_label,
-                    ignore_index=IGNORED,
-                    reduction="sum",
+                    pairs_B2.float(), next_sentence_label, ignore_index=IGNORED, reduction="sum"
                 )
-                output.loss = pair / told if output.loss is None else output.loss + pair / told
-        return output
+                loss = pair / told if loss is None else loss + pair / told
+        return EarlyBertOutput(
+            loss=loss,
+            prediction_logits=None if shape is None else logits.view(*shape, -1),
+            seq_relationship_logits=pairs_B2,
+            hidden_states=states,
+            correct=correct,
+            counted=counted,
+        )
 
 
 class EarlyBertForMaskedLM(EarlyBertForPreTraining):
@@ -387,30 +447,25 @@ class EarlyBertForMaskedLM(EarlyBertForPreTraining):
             config = type(config).from_dict({**config.to_dict(), "next_sentence": False})
         super().__init__(config)
 
+    @can_return_tuple
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        masked_positions: torch.Tensor | None = None,
-        masked_labels: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
+        **packed: Unpack[Packed],
     ) -> EarlyBertMaskedLMOutput:
         """Run encoder and head; the arguments are those of `EarlyBertForPreTraining`."""
-        output = super().forward(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            masked_positions,
-            masked_labels,
-            labels,
-            segments=segments,
-        )
+        batch = (input_ids, attention_mask, token_type_ids, position_ids)
+        output = self._answer(*batch, labels=labels, **packed)
         return EarlyBertMaskedLMOutput(
-            loss=output.loss, logits=output.prediction_logits, correct=output.correct, counted=output.counted
+            loss=output.loss,
+            logits=output.prediction_logits,
+            correct=output.correct,
+            counted=output.counted,
+            hidden_states=output.hidden_states,
         )
 
 

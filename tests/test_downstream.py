@@ -7,6 +7,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
@@ -18,7 +20,7 @@ from earlybert.downstream import (
     EarlyBertForSequenceClassification,
     EarlyBertModel,
 )
-from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM
+from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
 
 PLAIN = {**letters.SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 KINDS = [
@@ -86,7 +88,7 @@ def test_the_bare_encoder_is_stock_berts_and_opens_what_other_heads_have_saved(t
     pretrained.save_pretrained(tmp_path)
     opened = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(opened, EarlyBertModel) and opened.config.heads_per_layer == [3, 1]
-    hidden, _ = pretrained.bert(values["input_ids"], values["attention_mask"], None, None, None)
+    hidden, _, _ = pretrained.bert(values["input_ids"], values["attention_mask"], None, None, None)
     assert torch.equal(opened(values["input_ids"], values["attention_mask"]).last_hidden_state, hidden)
 
 
@@ -108,3 +110,82 @@ def test_a_tuned_model_is_found_by_its_auto_class_in_its_true_shape(tmp_path, ki
     assert type(opened) is kind and opened.config.id2label == {0: "no", 1: "yes"}
     for name, value in opened.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_hidden_states_are_those_of_the_embeddings_and_of_each_layer(pre_norm):
+    model = EarlyBertModel(EarlyBertConfig(**PLAIN, pre_norm=pre_norm)).eval()
+    ids = batch(EarlyBertModel, 3)["input_ids"]
+    with torch.no_grad():
+        plain, told = model(ids), model(ids, output_hidden_states=True)
+        assert plain.hidden_states is None and len(told.hidden_states) == 3
+        assert torch.equal(told.hidden_states[0], model.bert.embeddings(ids, None, None))
+        assert torch.equal(told.hidden_states[1], model.bert.encoder.layer[0](told.hidden_states[0], None))
+        assert torch.equal(told.hidden_states[2], plain.last_hidden_state)
+        model.config.output_hidden_states = True
+        assert len(model(ids).hidden_states) == 3 and model(ids, output_hidden_states=False)[-1].ndim == 2
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "settings"),
+    [
+        (BertModel, EarlyBertModel, {}),
+        (BertForMaskedLM, EarlyBertForMaskedLM, {}),
+        (BertForPreTraining, EarlyBertForPreTraining, {"next_sentence": True}),
+        (BertForSequenceClassification, EarlyBertForSequenceClassification, {"num_labels": 3}),
+        (BertForQuestionAnswering, EarlyBertForQuestionAnswering, {}),
+    ],
+)
+def test_what_is_asked_for_as_of_stock_bert_comes_in_its_order(stock, ours, settings):
+    torch.manual_seed(5)
+    theirs = stock(BertConfig(**PLAIN, **settings)).eval()
+    model = ours(EarlyBertConfig(**PLAIN, **settings)).eval()
+    prefix = "bert." if stock is BertModel else ""
+    model.load_state_dict({prefix + name: v for name, v in theirs.state_dict().items()}, strict=True)
+    values = {k: v for k, v in batch(ours, 3).items() if k in ("input_ids", "token_type_ids")}
+    if stock in (BertForMaskedLM, BertForPreTraining):
+        values["labels"] = values["input_ids"]
+    if stock is BertForPreTraining:
+        values["next_sentence_label"] = torch.tensor([0, 1, 1])
+    asked = {"output_hidden_states": True, "return_dict": False}
+    with torch.no_grad():
+        found, expected = model(**values, **asked), theirs(**values, **asked)
+        named = model(**values, output_hidden_states=True)
+    assert type(found) is tuple
+    for ours_is, theirs_is in zip(found, expected, strict=False):  # counts of ours may follow
+        for a, b in zip(*(x if type(x) is tuple else (x,) for x in (ours_is, theirs_is)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(found) >= len(expected) and {"hidden_states"} <= set(named.keys())
+    model.config.return_dict = False
+    assert type(model(**values)) is tuple
+
+
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification"])
+def test_the_loss_of_several_labels_a_text_is_that_of_stock_bert(problem):
+    torch.manual_seed(6)
+    settings = {**PLAIN, "num_labels": 4, "problem_type": problem}
+    theirs = BertForSequenceClassification(BertConfig(**settings)).eval()
+    model = EarlyBertForSequenceClassification(EarlyBertConfig(**settings)).eval()
+    model.load_state_dict(theirs.state_dict(), strict=True)
+    values = {**batch(EarlyBertForSequenceClassification, 3), "labels": torch.randint(0, 2, (3, 4)).float()}
+    torch.testing.assert_close(model(**values).loss, theirs(**values).loss)
+
+
+def test_what_no_model_here_can_answer_is_refused_in_words():
+    model = EarlyBertModel(EarlyBertConfig(**PLAIN)).eval()
+    ids = batch(EarlyBertModel, 3)["input_ids"]
+    with pytest.raises(ValueError, match=r"load the dense export with attn_implementation=\"eager\""):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \[3, 1, 16, 16\]; give"):
+        model(ids, torch.ones(3, 1, 16, 16))
+    with pytest.raises(TypeError, match="atention_mask"):
+        model(ids, atention_mask=torch.ones(3, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_a_mask_of_any_type_hides_the_same_tokens(dtype):
+    model = EarlyBertModel(EarlyBertConfig(**PLAIN)).eval()
+    values = batch(EarlyBertModel, 3)
+    ids, mask = values["input_ids"], values["attention_mask"]
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask.to(dtype))[0], model(ids, mask)[0])

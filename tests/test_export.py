@@ -16,21 +16,13 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForPreTraining,
-    BertTokenizer,
 )
 
 from earlybert import export as exporting
-from earlybert.adapters import bert_layers
 from earlybert.config import EarlyBertError
-from earlybert.export import MARK, Source, dense_weights, export
-from earlybert.initial import seeded_model
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
-from earlybert.shrink import cut, index_map
-
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDS = [*SPECIAL, "the", "cat", "sat", "on", "a", "mat", "and", "so", "did", "my", "dog", "or", "his"]
-HEADS = ((0, 2, 3), (1,))
-NEURONS = (tuple(range(1, 40, 3)), (0, 39))
+from earlybert.export import MARK, dense_weights, export
+from earlybert.model import EarlyBertForPreTraining
+from exports import NEURONS, WORDS, environment, trained, write_tokenizer
 
 ELSEWHERE = """
 import json, sys
@@ -67,50 +59,9 @@ def offline(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
 
 
-def environment(folder):
-    return {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture
 def tokenizer(tmp_path):
-    folder = tmp_path / "tokenizer"
-    BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
-    return folder
-
-
-def trained(tokenizer, *, next_sentence=True, coefficients="train", shrunken=True):
-    """A model that looks trained: no weight at its initial value, coefficients far from 1, perhaps cut."""
-    config = EarlyBertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=32,
-        coefficients=coefficients,
-        next_sentence=next_sentence,
-    )
-    torch.manual_seed(2)
-    model = seeded_model(config, seed=1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = (
-                torch.rand_like(parameter) if name.endswith(".coefficients") else torch.randn_like(parameter)
-            )
-            parameter += 0.2 * noise if parameter.ndim > 1 else 0.7 * noise
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    if not shrunken:
-        return Source(weights=weights, config=config, tokenizer=tokenizer)
-    widths = {"head_widths": [4] * 2, "neuron_widths": [40] * 2}
-    cuts = index_map(bert_layers(2), HEADS, NEURONS, head_size=8, **widths)
-    weights = {name: cut(value, cuts.get(name)) for name, value in weights.items()}
-    values = config.to_dict()
-    values.update(heads_per_layer=[len(h) for h in HEADS], neurons_per_layer=[len(n) for n in NEURONS])
-    small = EarlyBertConfig.from_dict(values)
-    facts = {"optimizer steps": "1,234"}
-    return Source(
-        weights=weights, config=small, tokenizer=tokenizer, heads=HEADS, neurons=NEURONS, facts=facts
-    )
+    return write_tokenizer(tmp_path / "tokenizer")
 
 
 def batch_of(folder):
@@ -130,7 +81,7 @@ def expected_hidden(source, batch):
     model.load_state_dict(source.weights, strict=True)
     with torch.no_grad():
         ids, types, mask = (batch[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
-        hidden_BTD, _ = model.eval().bert(ids, mask, types, None, None)
+        hidden_BTD, _, _ = model.eval().bert(ids, mask, types, None, None)
     return hidden_BTD[mask.bool()]
 
 
