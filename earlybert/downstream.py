@@ -10,8 +10,6 @@ B sequences, T tokens, C labels.
 
 from __future__ import annotations
 
-from typing import Unpack
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,6 +24,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from .arithmetic import Dropout
 from .configuration import EarlyBertConfig

@@ -27,11 +27,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from earlybert import arithmetic, checkpoint, configuration, downstream
+from earlybert import arithmetic, card, checkpoint, configuration, downstream
 from earlybert import model as modelling
 from earlybert.adapters import bert_layers
 from earlybert.checkpoint import Checkpoint
-from earlybert.config import EarlyBertError, read_toml, sync_folder
+from earlybert.config import EarlyBertError, sync_folder
 from earlybert.engine import Progress
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
 from earlybert.shrink import index_map, present, uncut, without_coefficients
@@ -64,8 +64,8 @@ class Source:
     heads: Kept | None = None
     """Kept indices in terms of the dense model; None for a model that was never shrunken."""
     neurons: Kept | None = None
-    facts: Mapping[str, Any] | None = None
-    """Figures of the run for the model card."""
+    training: card.Training | None = None
+    """The run, where it is known."""
 
 
 def export(source: Source, *, to: Path, form: Form) -> float:
@@ -77,12 +77,14 @@ def export(source: Source, *, to: Path, form: Form) -> float:
     with new_folder(to) as hidden:
         trained = _model(source)
         (_write_compact if form == "compact" else _write_dense)(source, trained, hidden)
-        for path in source.tokenizer.iterdir():
-            if path.is_file():
-                shutil.copy(path, hidden / path.name)
+        _write_tokenizer(source, hidden)
         difference, scale = _compare(source, trained, hidden, form=form)
         refuse_difference(to, difference, scale=scale, form=form)
-        (hidden / "README.md").write_text(_card(source, form=form, difference=difference), encoding="utf-8")
+        kept = None if source.heads is None or source.neurons is None else (source.heads, source.neurons)
+        page = card.write(
+            source.config, form=form, kept=kept, difference=difference, training=source.training
+        )
+        (hidden / "README.md").write_text(page, encoding="utf-8")
         (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
     return difference
 
@@ -149,25 +151,19 @@ def read_run(path: Path) -> Source:
         found, run = newest, path
     else:
         raise EarlyBertError(f"{path}: neither a run folder nor a checkpoint; give runs/NAME")
-    corpus = Path(read_toml(run / "experiment.toml")["data"]["corpus"])
+    training = card.Training.read(run, found.manifest)
+    corpus = Path(training.experiment.data.corpus)
     tokenizer = corpus / "tokenizer"
     if not tokenizer.is_dir():
         raise EarlyBertError(f"{tokenizer}: the corpus' tokenizer is not there; restore {corpus}")
     progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
-    eval_losses = found.manifest.trainer.get("eval_losses", {})
-    facts = {"optimizer steps": f"{found.manifest.step:,}"}
-    if progress.tickets:
-        facts["ticket"] = str(progress.tickets[-1])
-    if eval_losses:
-        step = max(eval_losses, key=int)
-        facts["held-out masked-LM loss"] = f"{eval_losses[step]:.4f} at step {int(step):,}"
     return Source(
         weights=checkpoint.weights(found),
         config=EarlyBertConfig.from_dict(found.manifest.model),
         tokenizer=tokenizer,
         heads=progress.heads,
         neurons=progress.neurons,
-        facts=facts,
+        training=training,
     )
 
 
@@ -195,6 +191,18 @@ def _model(source: Source) -> EarlyBertForPreTraining:
     model = kind(source.config)
     model.load_state_dict(dict(source.weights), strict=True)
     return model.eval()
+
+
+def _write_tokenizer(source: Source, folder: Path) -> None:
+    """Copy the tokenizer's files; texts are cut where the model's positions end."""
+    for path in source.tokenizer.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["model_max_length"] = source.config.max_position_embeddings
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_compact(source: Source, trained: EarlyBertForPreTraining, folder: Path) -> None:
@@ -268,38 +276,3 @@ def _logits(output: Any) -> list[torch.Tensor]:
     """The masked-LM logits and, where there is that head, the next-sentence logits."""
     names = ("prediction_logits", "logits", "seq_relationship_logits")
     return [output[name] for name in names if name in output]
-
-
-def _card(source: Source, *, form: Form, difference: float) -> str:
-    config = source.config
-    parameters = sum(v.numel() for name, v in source.weights.items() if ".decoder." not in name)
-    heads, neurons = sum(config.heads_per_layer), sum(config.neurons_per_layer)
-    dense_heads = config.num_attention_heads * config.num_hidden_layers
-    dense_neurons = config.intermediate_size * config.num_hidden_layers
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: fill-mask",
-        "tags: [bert, earlybert, lottery-ticket]",
-        "---",
-        "",
-        f"# EarlyBERT, {form} export",
-        "",
-        f"- {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-        f"vocabulary {config.vocab_size:,}",
-        f"- {heads:,} of {dense_heads:,} heads and {neurons:,} of {dense_neurons:,} neurons kept; "
-        f"{parameters:,} trained parameters",
-        f"- largest difference of logits between this export and the trained model: {difference:.3g}",
-    ]
-    lines += [f"- {name}: {value}" for name, value in (source.facts or {}).items()]
-    trust = ", trust_remote_code=True" if form == "compact" else ""
-    lines += [
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'pipeline("fill-mask", model="path/of/this/folder"{trust})("Paris is the [MASK] of France.")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -13,7 +13,7 @@ B sequences, T tokens, P masked positions a sequence, D hidden, N heads, H head 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraini
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from .arithmetic import ACTIVATIONS, IGNORED, Dropout, MaskedLoss, Visible, attend, visible
 from .configuration import EarlyBertConfig

@@ -54,7 +54,8 @@ class Origin:
         place: str | Path
         if (path / "checkpoints").is_dir() or (path / "manifest.json").exists():
             source = export.read_run(path)
-            config, place, facts = source.config, source.tokenizer, source.facts or {}
+            config, place = source.config, source.tokenizer
+            facts = {} if source.training is None else source.training.headline
             weights = without_coefficients(bert_layers(config.num_hidden_layers), source.weights)
         else:
             config, weights = _stock(name)

@@ -58,7 +58,4 @@ def trained(tokenizer, *, next_sentence=True, coefficients="train", shrunken=Tru
     values = config.to_dict()
     values.update(heads_per_layer=[len(h) for h in HEADS], neurons_per_layer=[len(n) for n in NEURONS])
     small = EarlyBertConfig.from_dict(values)
-    facts = {"optimizer steps": "1,234"}
-    return Source(
-        weights=weights, config=small, tokenizer=tokenizer, heads=HEADS, neurons=NEURONS, facts=facts
-    )
+    return Source(weights=weights, config=small, tokenizer=tokenizer, heads=HEADS, neurons=NEURONS)

@@ -208,7 +208,7 @@ def test_a_file_in_the_place_of_the_export_is_refused(tmp_path, tokenizer):
         export(trained(tokenizer), to=tmp_path / "out", form="dense")
 
 
-def test_the_copied_code_is_the_package_s_own_and_the_card_has_the_run_s_figures(tmp_path, tokenizer):
+def test_the_copied_code_is_the_package_s_own(tmp_path, tokenizer):
     export(trained(tokenizer), to=tmp_path / "out", form="compact")
     package = Path(exporting.__file__).parent
     carried = {"model.py", "downstream.py", "arithmetic.py", "configuration.py"}
@@ -218,9 +218,13 @@ def test_the_copied_code_is_the_package_s_own_and_the_card_has_the_run_s_figures
         assert (tmp_path / "out" / name).read_text() == own
         assert {f"{room}.py" for room in re.findall(r"^from \.(\w*)", own, re.M)} <= carried
         assert not re.search(r"^\s*(from|import) earlybert", own, re.M)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "4 of 8 heads and 15 of 80 neurons" in card and "optimizer steps: 1,234" in card
-    assert str(tmp_path) not in card
+
+
+def test_a_text_that_is_longer_than_the_positions_is_cut_where_they_end(tmp_path, tokenizer):
+    assert AutoTokenizer.from_pretrained(tokenizer).model_max_length > 32
+    export(trained(tokenizer), to=tmp_path / "out", form="dense")
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(words("the cat " * 50, truncation=True)["input_ids"]) == words.model_max_length == 32
 
 
 def test_the_command_says_in_one_line_what_is_not_a_run(tmp_path):

@@ -20,7 +20,7 @@ FLOORS = {
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly"},
     4: {"trainer"},
-    5: {"export", "pretrained", "origin", "finetune"},
+    5: {"card", "export", "pretrained", "origin", "finetune"},
 }  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
@@ -42,6 +42,7 @@ SAME_FLOOR = {
     ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("experiment", "guard"),
     ("account", "checkpoint"), ("account", "engine"), ("assembly", "checkpoint"), ("assembly", "run"),
     ("assembly", "engine"), ("assembly", "lifecycle"),
+    ("export", "card"),
     ("pretrained", "export"), ("downstream", "model"), ("tasks", "recipes"), ("scores", "recipes"),
     ("recipes", "experiment"),
     ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"),

@@ -191,6 +191,8 @@ def test_other_choices_train_resume_and_are_exported(small, tmp_path, words):
     assert told(small.metrics(run.name)) == told(unbroken)
     for form in ("compact", "dense"):
         assert export.export(export.read_run(run), to=tmp_path / form, form=form) < 1e-5
+        card = (tmp_path / form / "README.md").read_text()
+        assert "16 optimizer steps" in card and f"| 16 | {unbroken[-1]['eval_loss']:.4f} |" in card
 
 
 def wait_for_step(folder: Folder, name: str, step: int, alive) -> None:
