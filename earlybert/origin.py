@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from earlybert import export
 from earlybert.adapters import bert_layers
@@ -128,7 +129,7 @@ def _stock(name: str) -> tuple[EarlyBertConfig, dict[str, torch.Tensor]]:
             loaded: Any = EarlyBertModel.from_pretrained(name, config=config, output_loading_info=True)
     except EarlyBertError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise EarlyBertError(
             f"{name}: no model could be read there ({reason}); give a run folder, an export, or a folder or "

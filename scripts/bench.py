@@ -5,6 +5,7 @@
     python scripts/bench.py saving EXPERIMENT [key=value ...] --out DIR [--minutes 120] [--json FILE]
     python scripts/bench.py recipes EXPERIMENT... --out DIR [--seconds 600] [--json FILE]
     python scripts/bench.py data DUMP EXTRACT... [--json FILE]
+    python scripts/bench.py latency [--export DIR --export DIR | --shape base] [--json FILE]
 
 draw: the pause of a draw with its parts, beside one checkpoint save of the same run, and the memory of a
 rank. save: how long a checkpoint keeps training waiting, in the background and not, beside DeepSpeed's own
@@ -24,6 +25,9 @@ recipes: held-out loss of several experiments after the same training time, each
 data: a Wikipedia dump to prose beside wikiextractor and mwparserfromhell (pip install both), prose to shards
 beside tokenizers' own encode_batch, the loader beside transformers' collator, and the memory of a
 preparation beside that of one of ten times the text.
+
+latency: milliseconds of the encoder of exports, or of a shape and of its ticket with random weights, in
+PyTorch and, where it is installed (pip install onnx onnxscript onnxruntime), in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -121,10 +125,25 @@ def main() -> int:
     recipes.add_argument("--set", dest="override", action="append", default=[], metavar="key=value")
     recipes.add_argument("--ranks", type=int, default=2)
     recipes.add_argument("--plot", type=Path, help="draw the loss over time here")
-    for command in (draw, save, data, train, ticket, saving, recipes):
+    latency = commands.add_parser("latency", help="milliseconds of compact beside dense")
+    latency.add_argument(
+        "--export", type=Path, action="append", metavar="DIR", help="an export; the baseline first"
+    )
+    latency.add_argument("--shape", choices=SHAPES, default="base", help="where no export is given")
+    latency.add_argument("--head-ratio", type=float, help="of the shape's heads that go; as in a ticket")
+    latency.add_argument("--neuron-ratio", type=float, help="of the shape's neurons that go")
+    latency.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="rows at a time")
+    latency.add_argument("--length", type=int, nargs="+", default=[128, 512], help="tokens a row")
+    latency.add_argument("--rounds", type=int, default=50, help="of each model, in turn")
+    latency.add_argument(
+        "--seconds", type=float, default=30, help="then fewer rounds, but five, of each size"
+    )
+    latency.add_argument("--runtime", action="append", choices=("pytorch", "onnxruntime"))
+    latency.add_argument("--threads", type=int, help="of a CPU; PyTorch's own choice if not given")
+    for command in (draw, save, data, train, ticket, saving, recipes, latency):
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.command in ("data", "train", "saving", "recipes"):
+    if arguments.command in ("data", "train", "saving", "recipes", "latency"):
         measured = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = measured.measure(arguments)
         measured.tell(figures, *([arguments.plot] if "plot" in arguments else []))

@@ -94,6 +94,10 @@ def test_what_cannot_be_tuned_is_refused_in_words(tmp_path):
     (tmp_path / "good" / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 3}))
     with pytest.raises(EarlyBertError, match=r"has no bert\.encoder\.layer\.2"):
         Origin.read(str(tmp_path / "good"))
+    weights = tmp_path / "good" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5])
+    with pytest.raises(EarlyBertError, match="good: no model could be read there"):
+        Origin.read(str(tmp_path / "good"))
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tmp_path):
