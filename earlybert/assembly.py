@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from earlybert import checkpoint, dist, mechanics, run, schedule, targets
+from earlybert import checkpoint, dist, mechanics, probes, run, schedule, targets
 from earlybert.adapters import enable_checkpointing
 from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError
@@ -57,6 +57,7 @@ class Assembly:
         }
         if experiment.ticket.enabled:
             targets.check(experiment.ticket, dense=experiment.dense_widths, work=self.work())
+        probes.check(experiment, tokenizer=self.corpus.tokenizer_folder)
 
     def engine(self, found: Checkpoint | None, *, phase: int) -> Engine:
         """The dense model from its seed, or the shape and state of a checkpoint. Collective."""

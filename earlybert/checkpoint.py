@@ -22,7 +22,7 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,17 @@ class Saver:
         precision: str,
         keep: int,
         good: Sequence[str] = (),
+        published: Callable[[Path], None] | None = None,
     ) -> None:
-        """`good`: names, oldest first, of what lies in `folder` and is known to be good; the rest as in
-        `Manifest`."""
+        """`good`: names, oldest first, of what lies in `folder` and is known to be good; `published` is
+        called on rank 0 with each new checkpoint, before older ones go; the rest as in `Manifest`."""
         self.folder = folder
         self.failed: str | None = None
         """Why the last save came to nothing; None where it did not."""
         self._what: dict[str, Any] = {
             "experiment": experiment, "corpus": corpus, "stage": stage, "precision": precision,
         }  # fmt: skip
-        self._keep = keep
+        self._keep, self._announce = keep, published
         self._good = list(good)
         self._pending: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
@@ -198,6 +199,8 @@ class Saver:
             return None
         self._good.append(tag)
         if dist.rank() == 0:
+            if self._announce is not None:
+                self._announce(self.folder / tag)
             self._retain()
         return self.folder / tag
 

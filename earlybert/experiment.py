@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from earlybert import mechanics, targets
+from earlybert import glue, mechanics, targets
 from earlybert.config import SettingsError, as_dict, override, parse, read_toml
 from earlybert.data import DataSettings, Objective
 from earlybert.guard import GuardSettings
@@ -149,8 +149,30 @@ class EvaluateSettings:
     mask_probability: float | None = None
     """Share of their tokens to guess; None: data.mask_probability. Runs that differ there compare where both
     are set alike."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of GLUE on which checkpoints are fine-tuned beside the run, in a process of their own."""
+    tasks_every: int | None = None
+    """Optimizer steps between two such checkpoints, a multiple of checkpoint.every; None: that. The run's
+    last checkpoint is always one."""
+    tasks_data: str = "nyu-mll/glue"
+    """Folder of GLUE's files, or GLUE's name on the hub."""
+    tasks_experiment: str | None = None
+    """Fine-tuning experiment (TOML) whose recipes, seeds, optimizer and DeepSpeed JSON they follow; relative
+    to the working folder or to the experiment's own. None: the defaults of each task, one seed, fp32."""
+    tasks_device: str = "cpu"
+    """Where they train: "cpu" at the lowest priority, or a GPU of rank 0's machine as CUDA_VISIBLE_DEVICES
+    names it, such as "7", best one that the run leaves free."""
 
     def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in glue.TASKS:
+                raise SettingsError(
+                    f"tasks: {task!r} is not a task of GLUE; choose among {', '.join(glue.TASKS)}"
+                )
+        if len(set(self.tasks)) < len(self.tasks):
+            raise SettingsError(f"tasks = {list(self.tasks)}: name each once")
+        if self.tasks_every is not None and self.tasks_every < 1:
+            raise SettingsError(f"tasks_every = {self.tasks_every}: must be at least 1")
         if self.mask_probability is not None and not 0 < self.mask_probability < 1:
             raise SettingsError(
                 f"mask_probability = {self.mask_probability}: choose between 0 and 1, such as 0.15"
@@ -214,6 +236,12 @@ class Experiment:
             raise SettingsError(f"hang_seconds = {self.hang_seconds}: must be positive")
         if self.seed < 0:
             raise SettingsError(f"seed = {self.seed}: must not be negative")
+        every, saved = self.evaluate.tasks_every, self.checkpoint.every
+        if every is not None and every % saved:
+            near = f"{every // saved * saved} or {(every // saved + 1) * saved}" if every > saved else saved
+            raise SettingsError(
+                f"evaluate.tasks_every = {every} is not a multiple of checkpoint.every = {saved}; use {near}"
+            )
         longest = max(phase.sequence_length for phase in self.phases)
         if longest > self.model.positions:
             raise SettingsError(
@@ -276,4 +304,8 @@ def load(path: str | os.PathLike[str], words: Sequence[str] = ()) -> tuple[Exper
     Raises SettingsError naming the file and the setting.
     """
     experiment = parse(Experiment, override(read_toml(path), words), where=str(path))
+    told = experiment.evaluate.tasks_experiment
+    if told is not None and not Path(told).exists() and (beside := Path(path).parent / told).exists():
+        evaluate = replace(experiment.evaluate, tasks_experiment=str(beside))
+        experiment = replace(experiment, evaluate=evaluate)
     return experiment, mechanics.load_beside(experiment.deepspeed, experiment=path)

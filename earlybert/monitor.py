@@ -49,6 +49,11 @@ class Monitor:
                 self._board.add_scalar(name, value, values["step"])
         self._board.flush()
 
+    def point(self, name: str, value: float, *, step: int) -> None:
+        """Show a value in TensorBoard alone."""
+        self._board.add_scalar(name, value, step)
+        self._board.flush()
+
     def picture(self, name: str, png: bytes, *, step: int) -> None:
         """Show a PNG in TensorBoard."""
         with Image.open(io.BytesIO(png)) as image:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from earlybert import export
+from earlybert import export, tasks
 from earlybert.adapters import bert_layers
 from earlybert.config import EarlyBertError
 from earlybert.downstream import EarlyBertModel
@@ -65,7 +65,7 @@ class Origin:
             name,
             config,
             {key: value.float() for key, value in weights.items() if key.startswith(_BODY)},
-            _tokenizer(place, of=name),
+            tasks.tokenizer(place, of=name),
             facts,
         )
         largest = max(found.tokenizer.get_vocab().values())
@@ -143,16 +143,3 @@ def _stock(name: str) -> tuple[EarlyBertConfig, dict[str, torch.Tensor]]:
         )
     weights = {key: value for key, value in model.state_dict().items() if key not in absent}
     return config, weights
-
-
-def _tokenizer(place: str | Path, *, of: str) -> Any:
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise EarlyBertError(f"{of}: its tokenizer cannot be read from {place} ({reason})") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no file at all
-        raise EarlyBertError(f"{of}: its tokenizer cannot be read from {place} (no words are there)")
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise EarlyBertError(f"{of}: a fast tokenizer with a padding token is needed; {place} has another")
-    return tokenizer

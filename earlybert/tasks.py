@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from earlybert import glue, squad
 from earlybert.config import EarlyBertError, write_atomically
@@ -97,6 +98,20 @@ def check(recipe: Recipe, *, data: str) -> None:
         _labelled(task, data, split)
     for split in task.evaluations.values():
         glue.available(task, data, split)
+
+
+def tokenizer(place: str | Path, *, of: str) -> Any:
+    """Read a fast tokenizer; raises EarlyBertError where none is at `place`. `of`: whose it is."""
+    try:
+        found: Any = transformers.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise EarlyBertError(f"{of}: its tokenizer cannot be read from {place} ({reason})") from error
+    if len(found) <= len(found.all_special_tokens):  # what transformers makes of no file at all
+        raise EarlyBertError(f"{of}: its tokenizer cannot be read from {place} (no words are there)")
+    if not found.is_fast or found.pad_token_id is None:
+        raise EarlyBertError(f"{of}: a fast tokenizer with a padding token is needed; {place} has another")
+    return found
 
 
 class GlueTask(Task):

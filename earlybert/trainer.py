@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from earlybert.experiment import Experiment
 from earlybert.lifecycle import compile_seconds
 from earlybert.loader import MicroBatch
 from earlybert.monitor import Monitor, duration, progress_line
+from earlybert.probes import Probes
 from earlybert.schedule import At
 from earlybert.watch import Watch, explained
 
@@ -41,7 +42,7 @@ class Result:
 
     step: int
     stopped: bool
-    """True where a signal ended it before its last step."""
+    """True where a signal ended it before its last step, or before its last probe."""
     eval_losses: dict[int, float]
     """{step: held-out loss}."""
 
@@ -55,7 +56,10 @@ def train(experiment: Experiment, mechanics_values: dict[str, Any], *, where: st
     trainer = _Trainer(experiment, mechanics_values, where=where)
     try:
         with explained(trainer.watch):
-            return trainer.run()
+            result = trainer.run()
+        if not result.stopped and not trainer.probes.settle(trainer.claim, trainer.signals):
+            result = replace(result, stopped=True)
+        return result
     finally:
         trainer.close()
 
@@ -75,6 +79,7 @@ class _Trainer:
         self.claim = run.claim(experiment, corpus=corpus, where=where, origin=origin)
         self.folder = self.claim.folder
         self.watch = Watch(self.folder, seconds=experiment.hang_seconds)
+        self.probes = Probes(experiment)
 
     def run(self) -> Result:
         self._start()
@@ -110,6 +115,7 @@ class _Trainer:
             precision=self.parts.precision,
             keep=self.experiment.checkpoint.keep,
             good=[] if self.found is None else [self.found.folder.name],
+            published=self.probes.take,
         )
         if dist.rank() == 0:
             run.describe(self.experiment, self.parts.mechanics, corpus=self.parts.corpus.manifest.content)
@@ -138,6 +144,7 @@ class _Trainer:
         if dist.rank() == 0:
             self.monitor = Monitor(self.folder, resume_step=None if self.found is None else self.step)
             self._write_ticket()
+        self.probes.begin(self.monitor, found=self.found)
         layout = f"ZeRO-{self.parts.stage}, {self.parts.precision}"
         for line in account.announcement(
             self.experiment, self.engine, found=self.found, step=self.step, total=self.total,
@@ -150,6 +157,7 @@ class _Trainer:
                 self.monitor.record({"step": 0, "phase": 0, "eval_loss": eval_loss})
 
     def close(self) -> None:
+        self.probes.close()
         if self.monitor is not None:
             self.monitor.close()
         self.claim.release()
@@ -229,6 +237,7 @@ class _Trainer:
         self.step += 1
         if self.saver.pending and not writing:
             self.saver.commit()
+        self.probes.look()
         seconds = time.perf_counter() - began
         if bad is None:
             memory.recent = [*memory.recent[1 - self.experiment.guard.window :], total / micros]

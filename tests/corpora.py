@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +15,20 @@ V = 500
 Document = tuple[np.ndarray, list[int]]
 
 
-def write_corpus(folder: Path, documents: list[Document], *, sources: list[str] | None = None) -> Corpus:
-    """Write documents as two shards beside a vocabulary in which every third token continues a word."""
+def write_corpus(
+    folder: Path, documents: list[Document], *, sources: list[str] | None = None, pieces: Any = None
+) -> Corpus:
+    """Write documents as two shards beside a vocabulary in which every third token continues a word, or
+    beside the tokenizer `pieces`."""
     sources = sources or ["text"] * len(documents)
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True)
     vocabulary = {token: id for id, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
     vocabulary |= {f"##p{id}" if id % 3 == 0 else f"w{id}": id for id in range(5, V)}
-    (tokenizer / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    if pieces is None:
+        (tokenizer / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    else:
+        pieces.save_pretrained(tokenizer)
     infos = []
     half = len(documents) // 2
     for index, part in enumerate([range(half), range(half, len(documents))]):
@@ -33,7 +40,7 @@ def write_corpus(folder: Path, documents: list[Document], *, sources: list[str] 
         folder,
         Manifest(
             tokenizer_sha256=tokenizer_sha256(tokenizer),
-            vocab_size=V,
+            vocab_size=V if pieces is None else len(pieces),
             token_dtype="uint16",
             documents=sum(info.documents for info in infos),
             sentences=sum(info.sentences for info in infos),
@@ -48,11 +55,11 @@ def write_corpus(folder: Path, documents: list[Document], *, sources: list[str] 
     return Corpus.open(folder)
 
 
-def random_documents(count: int, *, longest: int, seed: int = 0) -> list[Document]:
+def random_documents(count: int, *, longest: int, seed: int = 0, tokens: int = V) -> list[Document]:
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
-        tokens = rng.integers(5, V, rng.integers(1, longest))
-        inner = rng.integers(1, max(2, len(tokens)), 1 + len(tokens) // 12)
-        documents.append((tokens, [0, *sorted({int(start) for start in inner if start < len(tokens)})]))
+        ids = rng.integers(5, tokens, rng.integers(1, longest))
+        inner = rng.integers(1, max(2, len(ids)), 1 + len(ids) // 12)
+        documents.append((ids, [0, *sorted({int(start) for start in inner if start < len(ids)})]))
     return documents

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration"},
+    0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration",
+        "probe_process"},
     1: {
         "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "ticket",
         "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial", "glue", "squad",
@@ -18,7 +19,8 @@ FLOORS = {
         "baselines", "state_files", "guard", "ops", "recipes", "tasks",
         "scores",
     },
-    3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly"},
+    3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly",
+        "probes"},
     4: {"trainer"},
     5: {"card", "export", "pretrained", "origin", "finetune"},
 }  # fmt: skip
@@ -43,6 +45,8 @@ SAME_FLOOR = {
     ("account", "checkpoint"), ("account", "engine"), ("assembly", "checkpoint"), ("assembly", "run"),
     ("assembly", "engine"), ("assembly", "lifecycle"),
     ("export", "card"),
+    ("assembly", "probes"), ("probes", "checkpoint"), ("probes", "lifecycle"), ("probes", "monitor"),
+    ("probes", "run"),
     ("pretrained", "export"), ("downstream", "model"), ("tasks", "recipes"), ("scores", "recipes"),
     ("recipes", "experiment"),
     ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"),

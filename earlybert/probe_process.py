@@ -1,0 +1,33 @@
+"""What a probe's process does before it becomes the command that it is given; run as a file of its own.
+
+    python earlybert/probe_process.py PARENT COMMAND...
+
+It takes the lowest priority, is the first to go where memory ends, and is killed when the process PARENT
+dies, however that comes about. Not done between fork and exec in the run's own process, whose threads may
+hold locks there.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+
+
+def main() -> None:
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it could be named
+        sys.exit(1)
+    os.nice(19)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main()
