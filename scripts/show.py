@@ -85,7 +85,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    from earlybert import checkpoint, report
+    from earlybert import checkpoint, probes, report
 
     if arguments.report:
         yield f"report of the search: {report.write(path) / 'report.md'}"
@@ -119,6 +119,9 @@ def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
     for line in lines:
         if "eval_loss" in line:
             yield f"held-out loss at step {line['step']:>7,}: {line['eval_loss']:.4f}"
+    for line in probes.recorded(path):
+        told = f"failed: {line['error']}" if "error" in line else f"{line['score']:.2f}"
+        yield f"probe of {line['task']} at step {line['step']:>7,}: {told}"
     if (path / "ticket.json").is_file():
         yield from _describe_ticket(path / "ticket.json", arguments)
     else:

@@ -50,6 +50,8 @@ def run(tmp_path):
     lines.append({**line, "eval_loss": 3.5})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 5, "lo')
+    probes = [{"step": 4, "task": "rte", "score": 57.25}, {"step": 4, "task": "mrpc", "error": "no"}]
+    (folder / "probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in probes) + '{"st')
     TICKET.save(folder / "ticket.json")
     (checkpoint / "shard.pt").write_bytes(b"weights")
     sha = "9faf4a0cd6e8fa0a4d6a5aa0bd1bd5b3d5b0f3f9b3f0f2b1a9a1b6f9e2ce3cd9"
@@ -71,6 +73,8 @@ def test_a_run_is_described_while_it_is_being_written(run):
         "phase 2: 4 steps of 4 sequences of 32 tokens",
         "held-out loss at step       4: 3.5000",
         "newest line: loss 3.2500",
+        "probe of rte at step       4: 57.25",
+        "probe of mrpc at step       4: failed: no",
         "keep 4 of 6 heads, 4 of 8 neurons",
         "layer  0: heads ##. (2 of 3)",
         "checkpoint step-0000004: complete",

@@ -1,9 +1,11 @@
 """Probes as an operator sees them: two ranks, tuned checkpoints beside them, plugs pulled in between."""
 
+import contextlib
 import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,6 +18,8 @@ from corpora import random_documents, write_corpus
 from earlybert.config import to_toml
 from earlybert.probes import recorded
 
+SHORT = Path(__file__).parent / "pretrain_with_short_probes.py"
+QUICK = ["ticket.enabled=false", "phases.0.steps=9", "phases.1.steps=1"]
 FINETUNING = {
     "name": "any", "model": "any", "deepspeed": "tune.json", "tasks": ["cola"], "seeds": [1, 2],
     "recipe": {"batch": 16, "learning_rate": 3e-3, "sequence_length": 32, "epochs": 1.0},
@@ -39,35 +43,62 @@ def folder(tmp_path):
 def probed(folder, *words):
     return [
         "name=probed", 'evaluate.tasks=["rte"]', f"evaluate.tasks_data={folder.path / 'glue'}",
-        "evaluate.tasks_experiment=tune.toml", "evaluate.tasks_every=8", "checkpoint.keep=1", *words,
+        "evaluate.tasks_experiment=tune.toml", "evaluate.tasks_every=8", "checkpoint.keep=1", *QUICK, *words,
     ]  # fmt: skip
 
 
-def test_checkpoints_are_probed_beside_a_run_that_is_killed_and_trains_as_it_would_without(folder):
-    assert folder.run("name=plain") == [0, 0], folder.log()
+def test_a_run_whose_probes_are_killed_trains_as_it_would_without_any_and_makes_up_for_them(folder):
+    assert folder.run("name=plain", *QUICK) == [0, 0], folder.log()
     run = folder.path / "runs" / "probed"
+    (folder.path / "slow").touch()
 
-    for sent, codes in ((signal.SIGTERM, [143]), (signal.SIGKILL, [-signal.SIGKILL])):
-        processes = folder.start(*probed(folder))
+    for sent, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        processes = folder.start(*probed(folder), script=SHORT)
         began = wait_for_probe(run, folder)
         for process in processes:
             process.send_signal(sent)
         ended = [process.wait(timeout=60) for process in processes]
-        assert ended[:1] == codes, folder.log()
-        assert not psutil.pid_exists(began) or wait_gone(began), "a probe does not outlive its run"
+        assert ended[0] == code, folder.log()
+        wait_gone(began)
     assert "are left: the same command goes on with them" in folder.log()
     assert recorded(run) == [] and (run / "probes" / "step-0000008" / "manifest.json").exists()
 
-    assert folder.run(*probed(folder)) == [0, 0], folder.log()
+    (folder.path / "slow").unlink()
+    (folder.path / "fails").write_text("mrpc")
+    both = 'evaluate.tasks=["rte", "mrpc"]'
+    write_mrpc(folder.path / "glue")
+    assert folder.run(*probed(folder, both), script=SHORT) == [0, 0], folder.log()
     assert told(folder.metrics("probed")) == told(folder.metrics("plain"))
-    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-0000016"], "one is kept"
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-0000010"], "one is kept"
     lines = recorded(run)
-    assert [(line["step"], line["task"]) for line in lines] == [(8, "rte"), (16, "rte")]
-    assert all(0 < line["score"] < 100 and set(line["seeds"]) == {"1", "2"} for line in lines)
-    assert list((run / "probes").iterdir()) == [], "what is told is gone"
+    assert [(line["step"], line["task"]) for line in lines] == [
+        (step, task) for step in (8, 10) for task in ("rte", "mrpc")
+    ]
+    assert [line.get("score") for line in lines] == [9.5, None, 11.5, None], "means of two seeds"
+    assert lines[1]["error"] == "exit status 2: mrpc is not to be had"
+    assert "the probe of step 8 on mrpc failed: exit status 2: mrpc is not to be had" in folder.log()
+    assert {path.name for path in (run / "probes").iterdir()} == {
+        "failed-step-0000008.txt", "failed-step-0000010.txt",
+    }, "what is told is gone"  # fmt: skip
     board = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert {event.step for event in board.Scalars("probe/rte")} == {8, 16}
-    assert f"probe of step 16: rte {lines[1]['score']:.2f}" in folder.log()
+    assert {(event.step, event.value) for event in board.Scalars("probe/rte")} == {(8, 9.5), (10, 11.5)}
+
+
+def write_mrpc(folder):
+    (folder / "MRPC").mkdir()
+    for split in ("train", "dev"):
+        header, row = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\ta b\tc d"
+        (folder / "MRPC" / f"{split}.tsv").write_text(f"{header}\n{row}\n")
+
+
+def test_the_last_checkpoint_is_tuned_by_the_real_command_at_the_end(folder):
+    one = to_toml({**FINETUNING, "seeds": [1]})
+    (folder.path / "tune.toml").write_text(one)
+    assert folder.run(*probed(folder, "phases.0.steps=6"), ranks=1) == [0], folder.log()
+    (line,) = recorded(folder.path / "runs" / "probed")
+    assert (line["step"], line["task"]) == (7, "rte") and 0 < line["score"] < 100, line
+    assert line["seeds"]["1"]["dev"]["accuracy"] == line["score"] and line["seconds"] > 0
+    assert f"probe of step 7: rte {line['score']:.2f}" in folder.log()
 
 
 def wait_for_probe(run, folder):
@@ -82,11 +113,9 @@ def wait_for_probe(run, folder):
 
 
 def wait_gone(pid):
-    try:
+    """A probe does not outlive its run."""
+    with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(pid).wait(timeout=10)
-    except psutil.NoSuchProcess:
-        return True
-    return not psutil.pid_exists(pid)
 
 
 @pytest.mark.parametrize(
