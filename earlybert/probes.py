@@ -254,7 +254,9 @@ class Probes:
             if path.exists() and path.read_text(encoding="utf-8") != own:
                 shutil.rmtree(folder / _TUNED, ignore_errors=True)  # begun by other settings
             write_atomically(path, own)
-        beside = [sys.executable, str(probe_process.__file__), str(os.getpid())]
+        # Where ranks compute on the CPU themselves, they have all of it.
+        cores = max(1, len(os.sched_getaffinity(0)) // 2) if torch.cuda.is_available() else 1
+        beside = [sys.executable, str(probe_process.__file__), str(os.getpid()), str(cores)]
         command = [sys.executable, str(_FINETUNE), "glue", str(experiment)]
         with open(folder / "log.txt", "ab") as log:
             return subprocess.Popen(

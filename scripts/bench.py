@@ -4,6 +4,7 @@
     python scripts/bench.py train|ticket [--shape mini|base|large] [--length 128] [--batch 32] [--json FILE]
     python scripts/bench.py saving EXPERIMENT [key=value ...] --out DIR [--minutes 120] [--json FILE]
     python scripts/bench.py recipes EXPERIMENT... --out DIR [--seconds 600] [--json FILE]
+    python scripts/bench.py downstream MODEL --data GLUE --out DIR [--task rte] [--dropout 0] [--json FILE]
     python scripts/bench.py data DUMP EXTRACT... [--json FILE]
     python scripts/bench.py latency [--export DIR --export DIR | --shape base] [--json FILE]
 
@@ -21,6 +22,10 @@ run's final held-out loss: whole runs, each arm with its own best learning rate 
 of --minutes (the same command goes on).
 
 recipes: held-out loss of several experiments after the same training time, each schedule stretched to it.
+
+downstream: a folder of stock BERT fine-tuned on tasks of GLUE by scripts/finetune.py and by Hugging Face's
+Trainer (pip install accelerate), with the same seeds, rows, order and rates: scores with their spread, and
+without dropout the difference of every step's loss.
 
 data: a Wikipedia dump to prose beside wikiextractor and mwparserfromhell (pip install both), prose to shards
 beside tokenizers' own encode_batch, the loader beside transformers' collator, and the memory of a
@@ -140,10 +145,24 @@ def main() -> int:
     )
     latency.add_argument("--runtime", action="append", choices=("pytorch", "onnxruntime"))
     latency.add_argument("--threads", type=int, help="of a CPU; PyTorch's own choice if not given")
-    for command in (draw, save, data, train, ticket, saving, recipes, latency):
+    downstream = commands.add_parser("downstream", help="fine-tuning beside Hugging Face's Trainer")
+    downstream.add_argument("model", type=Path, help="folder of a stock BERT, such as a dense export")
+    downstream.add_argument("--data", type=Path, required=True, help="folder of GLUE's files")
+    downstream.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; what is done there is kept"
+    )
+    downstream.add_argument("--task", action="append", help="such as rte; all that are there if not given")
+    downstream.add_argument("--seeds", type=int, default=3)
+    downstream.add_argument("--dropout", type=float, help="in place of the model's own")
+    downstream.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    downstream.add_argument(
+        "--set", dest="override", action="append", default=[], metavar="key=value",
+        help="settings of the fine-tuning, such as recipe.epochs=1.0",
+    )  # fmt: skip
+    for command in (draw, save, data, train, ticket, saving, recipes, downstream, latency):
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.command in ("data", "train", "saving", "recipes", "latency"):
+    if arguments.command in ("data", "train", "saving", "recipes", "downstream", "latency"):
         measured = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = measured.measure(arguments)
         measured.tell(figures, *([arguments.plot] if "plot" in arguments else []))

@@ -39,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **named)
 
 
-def stock_bert(folder: Path, *, seed: int = 0, **changes: int) -> BertForMaskedLM:
+def stock_bert(folder: Path, *, seed: int = 0, **changes: float) -> BertForMaskedLM:
     """A stock BERT with random weights in a folder, with its tokenizer."""
     torch.manual_seed(seed)
     model = BertForMaskedLM(BertConfig(**{**SHAPE, **changes}))

@@ -169,11 +169,14 @@ def test_what_would_make_each_probe_fail_is_said_before_the_run(experiment, tmp_
         probes._check(short, tokenizer=tmp_path)
 
 
-def test_a_probe_is_of_the_lowest_priority(queue, experiment):
+def test_a_probe_is_of_the_lowest_priority_and_has_one_core_beside_ranks_on_the_cpu(
+    queue, experiment, monkeypatch
+):
+    monkeypatch.setattr(probes.torch.cuda, "is_available", lambda: False)
     queue.take(publish(experiment, 4))
     process = psutil.Process(queue._running[1].pid)
     for _ in range(200):
         if process.nice() == 19 and "sleep.py" in " ".join(process.cmdline()):
             break
         time.sleep(0.05)
-    assert process.nice() == 19
+    assert process.nice() == 19 and len(process.cpu_affinity()) == 1
