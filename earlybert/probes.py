@@ -203,7 +203,8 @@ class Probes:
             return True
         end_ranks()
         if self.left:
-            self._say(f"waiting for the probes of steps {_listed(self.left)}")
+            stop = self._run / "stop"
+            self._say(f"waiting for the probes of steps {_listed(self.left)} (touch {stop} leaves them)")
         with signals:
             while self._running is not None:
                 if claim.stop_asked() or signals.asked:

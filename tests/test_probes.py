@@ -14,6 +14,7 @@ from earlybert.config import SettingsError, parse
 from earlybert.experiment import EvaluateSettings, Experiment
 from earlybert.monitor import Monitor
 from earlybert.probes import Probes, recorded
+from earlybert.run import Signals
 
 
 @pytest.fixture
@@ -112,6 +113,36 @@ def test_a_start_drops_what_it_will_do_again_and_goes_on_with_the_rest(queue, ex
     queue.begin(queue._monitor, found=Found(experiment.folder / "checkpoints" / "step-0000008", 8))
     assert recorded(experiment.folder) == done and queue.left == [8]
     assert [path.name for path in (experiment.folder / "probes").iterdir()] == ["step-0000008"]
+
+
+def test_the_wait_at_the_end_is_ended_by_a_stop_and_by_the_last_probe(queue, experiment):
+    class Claim:
+        asked = True
+
+        def stop_asked(self):
+            return self.asked
+
+    claim, signals = Claim(), Signals()
+    assert queue.settle(claim, signals), "nothing is left"
+    queue.take(publish(experiment, 4))
+    assert not queue.settle(claim, signals) and queue.left == [4]
+    assert "waiting for the probes of steps 4" in said(experiment)
+    claim.asked = False
+    queue._running[1].kill()
+    assert queue.settle(claim, signals) and queue.left == []
+    lines = recorded(experiment.folder)
+    assert [line["error"] for line in lines] == ["exit status -9: it said nothing"] * 2
+
+
+def test_a_probe_that_a_signal_to_the_whole_job_has_stopped_is_left_to_the_next_start(queue, experiment):
+    probes._FINETUNE.write_text("raise SystemExit(143)")
+    queue.take(publish(experiment, 4))
+    queue._running[1].wait(timeout=60)
+    queue.look()
+    assert recorded(experiment.folder) == [] and queue.left == []
+    assert "the probe of step 4 was stopped; the next start makes up for it" in said(experiment)
+    queue.begin(queue._monitor, found=Found(experiment.folder / "checkpoints" / "step-0000004", 4))
+    assert queue.left == [4]
 
 
 def test_a_checkpoint_whose_start_died_before_it_was_kept_is_probed_by_the_next(queue, experiment):

@@ -35,19 +35,20 @@ def measure(arguments: argparse.Namespace) -> Figures:
     out: Path = arguments.out
     names = arguments.task or _there(arguments.data)
     experiment = _experiment(arguments, names)
+    dropout = [read_json(out / "model" / "config.json")[name] for name in _DROPOUTS]
     tasks: dict[str, Figures] = {}
     for name in names:
         words = [f'tasks=["{name}"]']
         _finished([_SCRIPTS / "finetune.py", "glue", experiment, *words], out / f"ours-{name}.txt")
         own = _SCRIPTS / "benchmarks" / "tuned_by_trainer.py"
         _finished([own, experiment, name, out / "trainer" / name], out / f"trainer-{name}.txt")
-        tasks[name] = _compared(out, name, seeds=range(1, arguments.seeds + 1))
+        tasks[name] = _compared(out, name, seeds=range(1, arguments.seeds + 1), exact=not any(dropout))
         print(f"measured: {name}", file=sys.stderr, flush=True)
     return {
         "machine": machine.device(),
         "versions": machine.versions("torch", "deepspeed", "transformers", "accelerate"),
         "model": str(arguments.model), "precision": arguments.precision, "seeds": arguments.seeds,
-        "dropout": [read_json(out / "model" / "config.json")[name] for name in _DROPOUTS], "tasks": tasks,
+        "dropout": dropout, "tasks": tasks,
     }  # fmt: skip
 
 
@@ -89,6 +90,7 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
     """Write the model, the DeepSpeed JSON and the fine-tuning experiment into the folder; its file."""
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    _same(arguments, out / "asked.json")
     _model(arguments.model, out / "model", dropout=arguments.dropout)
     values: Figures = {"zero_optimization": {"stage": 0}}
     if arguments.precision != "fp32":
@@ -105,6 +107,18 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
     if settings.ticket.enabled or settings.optimizer.name != "adamw":
         raise EarlyBertError("Trainer knows neither tickets nor LAMB: leave ticket and optimizer.name out")
     return path
+
+
+def _same(arguments: argparse.Namespace, path: Path) -> None:
+    """Raise EarlyBertError where the folder's results are of another question."""
+    asked: Figures = {
+        "model": str(arguments.model.resolve()), "data": str(arguments.data.resolve()),
+        "dropout": arguments.dropout, "precision": arguments.precision, "set": arguments.override,
+    }  # fmt: skip
+    if path.exists() and (before := read_json(path)) != asked:
+        other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
+        raise EarlyBertError(f"{path.parent} holds results with another {other}; choose another --out")
+    write_atomically(path, json.dumps(asked) + "\n")
 
 
 def _model(source: Path, to: Path, *, dropout: float | None) -> None:
@@ -149,7 +163,8 @@ def _one_device() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": first, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _compared(out: Path, name: str, *, seeds: range) -> Figures:
+def _compared(out: Path, name: str, *, seeds: range, exact: bool) -> Figures:
+    """Both sides' figures; with `exact`, where nothing is random, the largest difference of a step's loss."""
     ours = [read_json(out / "ours" / name / f"seed-{seed}" / "result.json") for seed in seeds]
     theirs = [read_json(out / "trainer" / name / f"seed-{seed}.json") for seed in seeds]
     differences = []
@@ -162,6 +177,6 @@ def _compared(out: Path, name: str, *, seeds: range) -> Figures:
     return {
         "ours": {"scores": scores[0], "seconds": [sum(told["seconds"].values()) for told in ours]},
         "trainer": {"scores": scores[1], "seconds": [told["seconds"] for told in theirs]},
-        "loss_difference": max(differences), "spread": spread,
+        "loss_difference": max(differences) if exact else None, "spread": spread,
         "within_spread": abs(statistics.fmean(scores[0]) - statistics.fmean(scores[1])) <= spread,
     }  # fmt: skip

@@ -47,6 +47,11 @@ class PlannedTrainer(transformers.Trainer):
     def __init__(self, *, steps: Steps, **options: Any) -> None:
         super().__init__(train_dataset=steps, **options)
         self.steps, self.losses = steps, list[float]()
+        self.began = 0.0
+
+    def seconds(self) -> float:
+        """Since the first step began, its rows included."""
+        return time.perf_counter() - self.began
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(self.steps, batch_size=None)
@@ -65,6 +70,16 @@ class PlannedTrainer(transformers.Trainer):
         loss = super().training_step(*arguments, **named)
         self.losses.append(loss.item())
         return loss
+
+
+class _Begin(transformers.TrainerCallback):
+    """Notes when the loop begins: what Trainer does before is no training."""
+
+    def __init__(self, trainer: PlannedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.began = time.perf_counter()
 
 
 def tune(experiment: Path, name: str, to: Path) -> None:
@@ -103,9 +118,9 @@ def _tuned(
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         trainer = PlannedTrainer(model=model, args=arguments, steps=Steps(task.train, plan, pad=origin.pad))
-        began = time.perf_counter()
+        trainer.add_callback(_Begin(trainer))
         trainer.train()
-        seconds = time.perf_counter() - began
+        seconds = trainer.seconds()
     scores = {
         split: task.judge(split, _logits(model, rows, task, size=4 * recipe.batch, pad=origin.pad), to=None)
         for split, rows in task.evaluations.items()

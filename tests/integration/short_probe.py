@@ -1,7 +1,7 @@
 """What stands in for scripts/finetune.py: looks at its checkpoint and writes its results.
 
 The score is the step plus the seed. Beside the tasks' folder: a task that the file `fails` names ends with an
-error, and where there is a file `slow` it takes a minute.
+error, and where there is a file `slow` it takes ten minutes.
 """
 
 import json
@@ -17,7 +17,7 @@ def main() -> int:
     model, beside = Path(settings["model"]), Path(settings["data"]).parent
     fails = beside / "fails"
     if (beside / "slow").exists():
-        time.sleep(60)
+        time.sleep(600)
     manifest = json.loads((model / "manifest.json").read_text())
     for name, stated in manifest["files"].items():
         assert (model / name).stat().st_size == stated["bytes"]

@@ -91,10 +91,13 @@ def write_mrpc(folder):
         (folder / "MRPC" / f"{split}.tsv").write_text(f"{header}\n{row}\n")
 
 
-def test_the_last_checkpoint_is_tuned_by_the_real_command_at_the_end(folder):
+def test_the_last_checkpoint_with_its_ticket_is_tuned_by_the_real_command_at_the_end(folder):
     one = to_toml({**FINETUNING, "seeds": [1]})
     (folder.path / "tune.toml").write_text(one)
-    assert folder.run(*probed(folder, "phases.0.steps=6"), ranks=1) == [0], folder.log()
+    assert folder.run(*probed(folder, "phases.0.steps=6", "ticket.enabled=true"), ranks=1) == [0], (
+        folder.log()
+    )
+    assert "drew the ticket at step 6" in folder.log()
     (line,) = recorded(folder.path / "runs" / "probed")
     assert (line["step"], line["task"]) == (7, "rte") and 0 < line["score"] < 100, line
     assert line["seeds"]["1"]["dev"]["accuracy"] == line["score"] and line["seconds"] > 0
