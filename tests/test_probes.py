@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import psutil
 import pytest
 
-from earlybert import probes
+from earlybert import probe_process, probes
 from earlybert.config import SettingsError, parse
 from earlybert.experiment import EvaluateSettings, Experiment
 from earlybert.monitor import Monitor
@@ -211,3 +213,24 @@ def test_a_probe_is_of_the_lowest_priority_and_has_one_core_beside_ranks_on_the_
             break
         time.sleep(0.05)
     assert process.nice() == 19 and len(process.cpu_affinity()) == 1
+
+
+def test_a_probe_dies_with_a_run_that_is_killed(tmp_path):
+    (tmp_path / "run.py").write_text(
+        "import os, subprocess, sys, time\n"
+        "python, program = sys.argv[1:3]\n"
+        "probe = [python, '-c', 'import time; time.sleep(600)']\n"
+        "command = [python, program, str(os.getpid()), '1', *probe]\n"
+        "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, tmp_path / "run.py", sys.executable, probe_process.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        probe = psutil.Process(int(run.stdout.readline()))
+        deadline = time.monotonic() + 60
+        while "sleep(600)" not in probe.cmdline()[-1] or str(run.pid) in probe.cmdline():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        run.kill()
+    probe.wait(timeout=30)
+    assert not probe.is_running()
