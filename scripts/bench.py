@@ -2,6 +2,7 @@
 
     python scripts/bench.py draw|save [--shape mini|base|large] [--stage 0-3] [--ranks 2] [--json FILE]
     python scripts/bench.py train|ticket [--shape mini|base|large] [--length 128] [--batch 32] [--json FILE]
+    python scripts/bench.py step [--shape base] [--kind dense|search|shrunken] [--compile] [--profile FILE]
     python scripts/bench.py saving EXPERIMENT [key=value ...] --out DIR [--minutes 120] [--json FILE]
     python scripts/bench.py recipes EXPERIMENT... --out DIR [--seconds 600] [--json FILE]
     python scripts/bench.py downstream MODEL --data GLUE --out DIR [--task rte] [--dropout 0] [--json FILE]
@@ -16,6 +17,9 @@ and tokens; batches are tiny, since neither depends on them.
 train: tokens/s of the whole training program, beside stock BERT under Hugging Face's Trainer (pip install
 accelerate), under its DeepSpeed integration, and in a plain DeepSpeed loop. ticket: a step of the search and
 of the shrunken model beside a dense one, and beside what the FLOPs promise.
+
+step: one such step taken apart, into forward pass, backward pass and update, beside the device's own matrix
+product, and in torch's profile.
 
 saving: how soon the ticket, a random ticket, the ticket's shape from scratch and LayerDrop reach the dense
 run's final held-out loss: whole runs, each arm with its own best learning rate and several seeds, in slices
@@ -87,12 +91,17 @@ def main() -> int:
     )
     train.add_argument("--document", type=int, help="mean tokens of a document; 4 rows if not given")
     ticket = commands.add_parser("ticket", help="what the search costs a step, and what the ticket saves")
-    ticket.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
-    ticket.add_argument("--compile", action="store_true", help="by torch.compile, as model.compile does")
-    ticket.add_argument("--dropout", type=float, default=0.1)
-    ticket.add_argument("--head-ratio", type=float, default=1 / 3, help="of each layer's heads that go")
-    ticket.add_argument("--neuron-ratio", type=float, default=0.3, help="of all neurons that go")
-    for command in (train, ticket):
+    apart = commands.add_parser("step", help="one step, taken apart")
+    apart.add_argument("--kind", choices=("dense", "search", "shrunken"), default="dense")
+    apart.add_argument("--document", type=int, help="mean tokens of a document, where rows hold several")
+    apart.add_argument("--profile", type=Path, metavar="FILE", help="write torch's profile of a step here")
+    for command in (ticket, apart):
+        command.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
+        command.add_argument("--compile", action="store_true", help="by torch.compile, as model.compile does")
+        command.add_argument("--dropout", type=float, default=0.1)
+        command.add_argument("--head-ratio", type=float, default=1 / 3, help="of each layer's heads that go")
+        command.add_argument("--neuron-ratio", type=float, default=0.3, help="of all neurons that go")
+    for command in (train, ticket, apart):
         command.add_argument("--shape", choices=SHAPES, default="mini")
         command.add_argument("--length", type=int, default=128, help="tokens a row")
         command.add_argument(
@@ -159,7 +168,7 @@ def main() -> int:
         "--set", dest="override", action="append", default=[], metavar="key=value",
         help="settings of the fine-tuning, such as recipe.epochs=1.0",
     )  # fmt: skip
-    for command in (draw, save, data, train, ticket, saving, recipes, downstream, latency):
+    for command in (draw, save, data, train, ticket, apart, saving, recipes, downstream, latency):
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     if arguments.command in ("data", "train", "saving", "recipes", "downstream", "latency"):

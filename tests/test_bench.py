@@ -41,6 +41,27 @@ def test_the_step_of_the_search_and_of_the_ticket_are_held_against_the_dense_one
     assert "| shrunken |" in capsys.readouterr().out
 
 
+def test_a_step_is_taken_apart_and_held_against_a_matrix_product(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmarks import engines, step, train
+
+    monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
+    arguments = Namespace(
+        shape="tiny", kind="shrunken", length=32, batch=2, ranks=1, stage=1, steps=3, compile=False,
+        dropout=0.0, head_ratio=0.5, neuron_ratio=0.3, document=8, profile=tmp_path / "profile.txt",
+    )  # fmt: skip
+    figures = step.measure(arguments, Path())
+    heads, neurons = figures["widths"]
+    assert sum(heads) == 4 and sum(neurons) < 256, "drawn before the first step that counts"
+    assert len(figures["all"]) == 3 and figures["tokens_per_second"] == 64 / figures["seconds"]
+    needed = train.flops_per_token("tiny", 32, widths=[heads, neurons])
+    assert figures["flops"] == pytest.approx(figures["tokens_per_second"] * needed)
+    assert figures["ceiling_flops"] > 1e7 and all(0 < s < 10 for s in figures["parts"].values())
+    assert "aten::addmm" in arguments.profile.read_text()
+    step.tell({**figures, "shape": "tiny", "stage": 1, "ranks": 1, "device": "here"})
+    assert "tiny, shrunken, 2 rows of 32 tokens in documents of 8" in capsys.readouterr().out
+
+
 def test_whole_programs_are_timed_in_turn_also_on_one_rank(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import engines, train

@@ -226,21 +226,33 @@ def _ceiling(job: Figures) -> None:
 
     start_ranks()
     width = job["sizes"]["hidden"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(job["batch"] * job["length"] // job["ranks"], width, dtype=torch.bfloat16, device=device)
-    w = torch.randn(width, 4 * width, dtype=torch.bfloat16, device=device)
+    own = product_flops(
+        job["batch"] * job["length"] // job["ranks"], width, 4 * width,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    total = sum(dist.gather_objects(own))
+    _write(job, {"flops": total})
+    end_ranks()
+
+
+def product_flops(rows: int, width: int, columns: int, *, device: Any) -> float:
+    """FLOP/s of this rank's product of [rows, width] and [width, columns] in bf16. Collective."""
+    import torch
+
+    from earlybert import dist
+
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device=device)
+    w = torch.randn(width, columns, dtype=torch.bfloat16, device=device)
     rounds, rates = 20, []
     for _ in range(6):
         dist.barrier()
         began = time.perf_counter()
         for _ in range(rounds):
             x @ w
-        if device == "cuda":
+        if x.is_cuda:
             torch.cuda.synchronize()
-        rates.append(rounds * 2 * x.numel() * 4 * width / (time.perf_counter() - began))
-    total = sum(dist.gather_objects(statistics.median(rates[1:])))
-    _write(job, {"flops": total})
-    end_ranks()
+        rates.append(rounds * 2 * rows * width * columns / (time.perf_counter() - began))
+    return statistics.median(rates[1:])
 
 
 _EXPERIMENT = """
