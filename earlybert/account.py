@@ -5,7 +5,6 @@ Nothing here decides anything or changes a weight; `trainer` calls it with what 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,9 +76,7 @@ def held_out_loss(
     )
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.eval()
-    # To compile the model once more for this would take longer than it saves.
-    as_written = torch.compiler.set_stance("force_eager") if engine.is_compiled else contextlib.nullcontext()
-    with torch.no_grad(), as_written:
+    with torch.no_grad():
         for batch in batches:
             mark()
             batch.pop("next_sentence_label", None)  # the held-out loss is the masked-LM loss

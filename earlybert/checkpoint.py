@@ -402,7 +402,7 @@ def probe(engine: Engine) -> list[float]:
     engine.inner.eval()
     with torch.no_grad():
         masked = {"masked_positions": positions} if hasattr(engine.module, "cls") else {}
-        logits = next(iter(engine.inner(input_ids=ids, **masked).values()))
+        logits = next(iter(engine(input_ids=ids, **masked).values()))
     engine.inner.train(training)
     return logits.float().flatten()[:: max(1, logits.numel() // 8)][:8].tolist()
 

@@ -16,6 +16,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -143,7 +144,8 @@ class Engine:
     # --- DeepSpeed's interface ---
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.inner(*args, **kwargs)
+        with self._as_written():
+            output = self.inner(*args, **kwargs)
         self._marks.note(output)
         return output
 
@@ -153,7 +155,10 @@ class Engine:
         return getattr(self.inner, name)
 
     def compile(self, **options: Any) -> None:
-        """Compile the module, with DeepSpeed's arguments; after a draw the small module is compiled anew."""
+        """Compile the module, with DeepSpeed's arguments; after a draw the small module is compiled anew.
+
+        Only training is: an evaluation runs the module as it is written.
+        """
         self._compile_options = options
         compile_module(self.inner, options)
 
@@ -268,6 +273,13 @@ class Engine:
             warn_of_survivors(watched)
 
     # --- inside ---
+
+    def _as_written(self) -> AbstractContextManager[Any]:
+        """Keep what is not training from the compiler: its shapes would make the training step's dynamic, and
+        how a step rounds would depend on what was evaluated before it."""
+        if self._compile_options is None or self.inner.module.training:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     @property
     def _penalised(self) -> bool:
