@@ -28,7 +28,8 @@ from typing_extensions import Unpack
 
 from .arithmetic import Dropout
 from .configuration import EarlyBertConfig
-from .model import Asked, Body, EarlyBertPreTrainedModel
+from .encoder import Body
+from .model import Asked, EarlyBertPreTrainedModel
 
 
 class EarlyBertModel(EarlyBertPreTrainedModel):

@@ -13,10 +13,8 @@ old engine is collected).
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -27,7 +25,9 @@ from earlybert import baselines, cutting, dist, faults, guard, mechanics, state,
 from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
 from earlybert.lifecycle import (
+    Clock,
     OutputMarks,
+    as_written,
     check_config,
     check_optimizer,
     compile_module,
@@ -144,7 +144,7 @@ class Engine:
     # --- DeepSpeed's interface ---
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._as_written():
+        with as_written(self.inner):
             output = self.inner(*args, **kwargs)
         self._marks.note(output)
         return output
@@ -274,13 +274,6 @@ class Engine:
 
     # --- inside ---
 
-    def _as_written(self) -> AbstractContextManager[Any]:
-        """Keep what is not training from the compiler: its shapes would make the training step's dynamic, and
-        how a step rounds would depend on what was evaluated before it."""
-        if self._compile_options is None or self.inner.module.training:
-            return nullcontext()
-        return torch.compiler.set_stance("force_eager")
-
     @property
     def _penalised(self) -> bool:
         return self.searching and self._bird is not None and self._bird.settings.searches
@@ -346,7 +339,7 @@ class Engine:
         settings, config = self._bird.settings, self.module.config
         old = self.adapter.layers(config)
         last = len(self.progress.tickets) + 1 >= settings.draws
-        clock = _Clock()
+        clock = Clock()
         kept, rates = self._cut_state(ticket, last=last), Rates(self.inner)
         clock.lap("read")
         faults.point("draw.read")
@@ -448,13 +441,3 @@ class Engine:
         if bird.settings.rewarmup_steps and self.progress.tickets:
             base = getattr(self.inner.optimizer, "optimizer", self.inner.optimizer)
             warm_up(base, lambda: self.warming)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now

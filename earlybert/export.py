@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from earlybert import arithmetic, card, checkpoint, configuration, downstream
+from earlybert import arithmetic, card, checkpoint, configuration, downstream, encoder
 from earlybert import model as modelling
 from earlybert.adapters import bert_layers
 from earlybert.checkpoint import Checkpoint
@@ -212,7 +212,7 @@ def _write_compact(source: Source, trained: EarlyBertForPreTraining, folder: Pat
 
 def carry_code(folder: Path) -> None:
     """Put the modelling code beside a saved EarlyBERT, where the Auto classes look for it."""
-    for carried in (arithmetic, configuration, modelling, downstream):
+    for carried in (arithmetic, configuration, encoder, modelling, downstream):
         shutil.copy(str(carried.__file__), folder)
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,6 +212,14 @@ def compile_module(inner: Any, options: Mapping[str, Any]) -> None:
     inner._is_compiled = True
 
 
+def as_written(inner: Any) -> contextlib.AbstractContextManager[Any]:
+    """Keep what is not training from the compiler, in a `with` around the call: its shapes would make the
+    training step's dynamic, and how a step rounds would depend on what was evaluated before it."""
+    if not inner.is_compiled or inner.module.training:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def _mark_widths(regions: Sequence[torch.nn.Module]) -> None:
     """Tell the compiler which sizes differ between regions of one kind.
 
@@ -312,3 +321,15 @@ def warn_of_survivors(torn_down: Mapping[str, weakref.ref[Any]]) -> None:
             "drop outputs, losses and module references before the draw",
             " and ".join(alive),
         )
+
+
+class Clock:
+    """The parts of a pause, by name, in seconds."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from earlybert import arithmetic
-from earlybert import model as model_module
+from earlybert import arithmetic, encoder
 from earlybert.lifecycle import compile_module, compile_seconds
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 
@@ -92,7 +91,7 @@ def test_documents_that_share_rows_reach_compiled_layers(monkeypatch):
     ]
     expected = [train(model([64] * 3), segments=s)[0] for s in segments]
     monkeypatch.setattr(arithmetic, "varlen_attn", apart)
-    monkeypatch.setattr(model_module, "visible", lambda _, told, **__: arithmetic.documents_of(told))
+    monkeypatch.setattr(encoder, "visible", lambda _, told, **__: arithmetic.documents_of(told))
     module = model([64] * 3)
     graphs = compiled(module)
     for _ in range(2):

@@ -211,7 +211,7 @@ def test_a_file_in_the_place_of_the_export_is_refused(tmp_path, tokenizer):
 def test_the_copied_code_is_the_package_s_own(tmp_path, tokenizer):
     export(trained(tokenizer), to=tmp_path / "out", form="compact")
     package = Path(exporting.__file__).parent
-    carried = {"model.py", "downstream.py", "arithmetic.py", "configuration.py"}
+    carried = {"model.py", "encoder.py", "downstream.py", "arithmetic.py", "configuration.py"}
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == carried
     for name in carried:
         own = (package / name).read_text()

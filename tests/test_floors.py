@@ -10,7 +10,7 @@ FLOORS = {
     0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration",
         "probe_process"},
     1: {
-        "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "ticket",
+        "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "encoder", "ticket",
         "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial", "glue", "squad",
         "downstream",
     },
@@ -47,7 +47,8 @@ SAME_FLOOR = {
     ("export", "card"),
     ("assembly", "probes"), ("probes", "checkpoint"), ("probes", "lifecycle"), ("probes", "monitor"),
     ("probes", "run"),
-    ("pretrained", "export"), ("downstream", "model"), ("tasks", "recipes"), ("scores", "recipes"),
+    ("pretrained", "export"), ("downstream", "model"), ("downstream", "encoder"), ("model", "encoder"),
+    ("tasks", "recipes"), ("scores", "recipes"),
     ("recipes", "experiment"),
     ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"),
 }  # fmt: skip

@@ -205,4 +205,4 @@ def test_every_snippet_of_the_page_runs_in_its_order_where_the_package_is_not(ex
     assert done.returncode == 0, done.stderr[-3000:]
     assert_onnx_is(model, tmp_path / "mine.onnx")
     tuned = {path.name for path in (tmp_path / "classifier").iterdir()}
-    assert {"downstream.py", "model.py", "arithmetic.py", "configuration.py"} <= tuned
+    assert {"downstream.py", "model.py", "encoder.py", "arithmetic.py", "configuration.py"} <= tuned
