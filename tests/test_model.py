@@ -19,8 +19,7 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
-from earlybert import arithmetic
-from earlybert import model as model_module
+from earlybert import arithmetic, encoder
 from earlybert.arithmetic import Documents, attend, documents_of, dropped, visible
 from earlybert.initial import encoder_flops_per_token, initial_value, seeded_model
 from earlybert.model import (
@@ -599,7 +598,7 @@ def test_documents_go_to_the_varlen_kernel_as_they_would_under_a_mask(monkeypatc
         masked = gradients(model, model(**batch).loss)
         with monkeypatch.context() as patched:
             patched.setattr(arithmetic, "varlen_attn", one_by_one)
-            patched.setattr(model_module, "visible", lambda _, segments_BT, **__: documents_of(segments_BT))
+            patched.setattr(encoder, "visible", lambda _, segments_BT, **__: documents_of(segments_BT))
             alone = gradients(model, model(**batch).loss)
         assert_near(alone, masked, within=1e-4)
 
