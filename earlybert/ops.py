@@ -33,13 +33,14 @@ _SAY_AFTER_SECONDS = 5.0
 def folder() -> Path:
     """Where ops are built: in `TORCH_EXTENSIONS_DIR` or torch's own cache, in a folder of this package's.
 
-    Its name tells what a build depends on, the processor's instructions among it: hosts that share a home do
-    not run each other's code.
+    Its name tells what a build depends on. The processor's instructions are among it, so hosts that share a
+    home do not run each other's code, and so is where the packages are installed: two environments in turn
+    would compile everything anew at each start.
     """
     root = os.environ.get(_FOLDER) or cpp_extension.get_default_build_root()
     python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
     versions = f"{python}-torch{torch.__version__}-deepspeed{deepspeed.__version__}"
-    return Path(root) / "earlybert" / f"{versions}-{platform.machine()}-{_instructions():08x}"
+    return Path(root) / "earlybert" / f"{versions}-{platform.machine()}-{_instructions():08x}-{_places():08x}"
 
 
 def guard_builds() -> None:
@@ -93,6 +94,11 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _places() -> int:
+    """A number that tells one installation of the packages from another: their paths are part of a build."""
+    return zlib.crc32(f"{deepspeed.__file__} {torch.__file__}".encode())
 
 
 def _instructions() -> int:

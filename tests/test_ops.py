@@ -116,3 +116,9 @@ def test_hosts_with_other_processors_do_not_share_a_build(monkeypatch):
     here = ops.folder()
     monkeypatch.setattr(ops, "_instructions", lambda: 7)
     assert ops.folder() != here and ops.folder().parent == here.parent
+
+
+def test_two_installations_do_not_compile_over_each_other(monkeypatch):
+    here = ops.folder()
+    monkeypatch.setattr(deepspeed, "__file__", "/elsewhere/deepspeed/__init__.py")
+    assert ops.folder() != here and ops.folder().parent == here.parent
