@@ -226,11 +226,14 @@ def test_a_probe_dies_with_a_run_that_is_killed(tmp_path):
     )
     command = [sys.executable, tmp_path / "run.py", sys.executable, probe_process.__file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        probe = psutil.Process(int(run.stdout.readline()))
-        deadline = time.monotonic() + 60
-        while "sleep(600)" not in probe.cmdline()[-1] or str(run.pid) in probe.cmdline():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        run.kill()
+        try:
+            probe = psutil.Process(int(run.stdout.readline()))
+            deadline = time.monotonic() + 60
+            # Nothing, or the run's own words, before it is what it becomes.
+            while not (words := probe.cmdline()) or "sleep(600)" not in words[-1] or str(run.pid) in words:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            run.kill()
     probe.wait(timeout=30)
     assert not probe.is_running()
