@@ -1,28 +1,40 @@
 """`bench.py ticket`, `train` and `latency` at a shape of no size: what is timed is what the table says."""
 
+import importlib
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+import ranks
 from earlybert.config import SettingsError
 from earlybert.export import export
 from exports import environment, trained, write_tokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+TINY = {"layers": 2, "hidden": 32, "heads": 4}
+
+
+def alone(bench, **settings):
+    """The figures of a benchmark that takes its steps in this very process: not in that of the tests."""
+    sys.path.insert(0, str(SCRIPTS))
+    from benchmarks import engines
+
+    engines.SHAPES["tiny"] = TINY
+    given = Namespace(ranks=1, **settings)
+    return importlib.import_module(f"benchmarks.{bench}").measure(given, Path())
 
 
 def test_the_step_of_the_search_and_of_the_ticket_are_held_against_the_dense_one(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import engines, ticket
 
-    monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
-    arguments = Namespace(
-        shape="tiny", length=16, batch=2, ranks=1, stage=1, steps=6, rounds=2, compile=False, dropout=0.1,
-        head_ratio=0.5, neuron_ratio=0.3,
+    (figures,) = ranks.run(
+        "test_bench:alone", ranks=1, bench="ticket", shape="tiny", length=16, batch=2, stage=1,
+        steps=6, rounds=2, compile=False, dropout=0.1, head_ratio=0.5, neuron_ratio=0.3,
     )  # fmt: skip
-    figures = ticket.measure(arguments, Path())
     heads, neurons = figures["widths"]
     assert sum(heads) < 8 and sum(neurons) < 256, "drawn at its first step"
     dense, small = (
@@ -45,19 +57,19 @@ def test_a_step_is_taken_apart_and_held_against_a_matrix_product(monkeypatch, ca
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import engines, step, train
 
-    monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
-    arguments = Namespace(
-        shape="tiny", kind="shrunken", length=32, batch=2, ranks=1, stage=1, steps=3, compile=False,
-        dropout=0.0, head_ratio=0.5, neuron_ratio=0.3, document=8, profile=tmp_path / "profile.txt",
+    monkeypatch.setitem(engines.SHAPES, "tiny", TINY)
+    profile = tmp_path / "profile.txt"
+    (figures,) = ranks.run(
+        "test_bench:alone", ranks=1, bench="step", shape="tiny", kind="shrunken", length=32, batch=2, stage=1,
+        steps=3, compile=False, dropout=0.0, head_ratio=0.5, neuron_ratio=0.3, document=8, profile=profile,
     )  # fmt: skip
-    figures = step.measure(arguments, Path())
     heads, neurons = figures["widths"]
     assert sum(heads) == 4 and sum(neurons) < 256, "drawn before the first step that counts"
     assert len(figures["all"]) == 3 and figures["tokens_per_second"] == 64 / figures["seconds"]
     needed = train.flops_per_token("tiny", 32, widths=[heads, neurons])
     assert figures["flops"] == pytest.approx(figures["tokens_per_second"] * needed)
     assert figures["ceiling_flops"] > 1e7 and all(0 < s < 10 for s in figures["parts"].values())
-    assert "aten::addmm" in arguments.profile.read_text()
+    assert "aten::addmm" in profile.read_text()
     step.tell({**figures, "shape": "tiny", "stage": 1, "ranks": 1, "device": "here"})
     assert "tiny, shrunken, 2 rows of 32 tokens in documents of 8" in capsys.readouterr().out
 
@@ -66,7 +78,7 @@ def test_whole_programs_are_timed_in_turn_also_on_one_rank(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import engines, train
 
-    monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
+    monkeypatch.setitem(engines.SHAPES, "tiny", TINY)
     arguments = Namespace(
         shape="tiny", length=16, batch=2, ranks=1, steps=5, rounds=1, document=40,
         override=["model.dropout=0"], kind=["ours-boundaries", "deepspeed"],
@@ -96,7 +108,7 @@ def latency(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import engines, latency
 
-    monkeypatch.setitem(engines.SHAPES, "tiny", {"layers": 2, "hidden": 32, "heads": 4})
+    monkeypatch.setitem(engines.SHAPES, "tiny", TINY)
     return latency
 
 
