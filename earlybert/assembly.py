@@ -33,7 +33,7 @@ class Assembly:
         self.precision = mechanics.precision_of(mechanics_values)
         if experiment.data.workers:
             prepare_workers()
-        run.check_cores()
+        run.check_cores(precision=self.precision)
         for phase in range(len(experiment.phases)):
             check_config(self.deepspeed_config(phase), where=experiment.deepspeed)
         self.corpus = Corpus.open(experiment.data.corpus, verify="size")

@@ -102,7 +102,7 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
 
     Raises EarlyBertError for whatever the user can mend, as early as it can be known.
     """
-    run.check_cores()
+    run.check_cores(precision=mechanics.precision_of(mechanics_values))
     origin = Origin.read(settings.model)
     for recipe in map(settings.of, settings.tasks):
         origin.check(recipe)

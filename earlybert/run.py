@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import platform
 import signal
@@ -25,6 +26,8 @@ import torch
 
 from earlybert import dist
 from earlybert.config import EarlyBertError, SettingsError, as_dict, to_toml, write_atomically
+
+log = logging.getLogger(__name__)
 
 STOPPED = 143
 """Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
@@ -126,14 +129,25 @@ def describe(experiment: Described, mechanics: dict[str, Any], *, corpus: str) -
     write_atomically(folder / "deepspeed.json", json.dumps(mechanics, indent=2) + "\n")
 
 
-def check_cores() -> None:
-    """Raise SettingsError where CPU processes outnumber their cores; give each its share of threads.
-    Collective."""
+def check_cores(*, precision: str) -> None:
+    """Raise SettingsError where CPU processes outnumber their cores; give each its share of threads, and say
+    where the cores have no instructions for the precision. Collective."""
     own = (socket.gethostname(), os.sched_getaffinity(0))
     ranks = dist.gather_objects(own)
     if torch.cuda.is_available():
         return
     torch.set_num_threads(threads([cores for host, cores in ranks if host == own[0]], own[1]))
+    if precision == "bf16" and fast_precision() != "bf16" and dist.rank() == 0:
+        log.warning(
+            "bf16 products are emulated on this processor, which makes them several times slower than fp32; "
+            "use deepspeed=ds_configs/zero2_fp32.json here"
+        )
+
+
+def fast_precision() -> str:
+    """bf16, or fp32 on a processor that has no instructions for the other."""
+    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def threads(bound: Sequence[set[int]], own: set[int]) -> int:

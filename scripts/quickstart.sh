@@ -36,11 +36,14 @@ say() { printf '\n== %s\n' "$*"; }
 say "1. corpus: $corpus"
 python scripts/prepare.py "$corpus" --out "$out/corpus" --vocab-size 8192 --tasks 2
 
-say "2. pretraining: two processes, ZeRO-2, bf16; the detector draws the ticket"
+# Old processors emulate bf16, which takes minutes there.
+precision=$(python -c 'from earlybert.run import fast_precision; print(fast_precision())' 2>/dev/null)
+say "2. pretraining: two processes, ZeRO-2, $precision; the detector draws the ticket"
 ranks=$(python -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
 deepspeed --num_accelerators "$ranks" --log_level error \
   --master_port "$(python -c 'from earlybert.lifecycle import free_port; print(free_port())' 2>/dev/null)" \
-  scripts/pretrain.py scripts/experiments/quickstart.toml "data.corpus=$out/corpus" "runs=$out/runs"
+  scripts/pretrain.py scripts/experiments/quickstart.toml "data.corpus=$out/corpus" "runs=$out/runs" \
+  "deepspeed=ds_configs/zero2_$precision.json"
 
 say "3. the ticket"
 python scripts/show.py "$out/runs/quickstart/ticket.json" | grep -v distance

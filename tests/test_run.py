@@ -25,3 +25,15 @@ def test_threads_are_at_least_one_and_at_most_the_cores(bound):
             run.threads(bound, bound[0])
     else:
         assert all(1 <= run.threads(bound, own) <= len(own) for own in bound)
+
+
+@pytest.mark.parametrize(
+    "precision, fast, said", [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_a_processor_that_emulates_bf16_is_named_with_what_to_use(monkeypatch, caplog, precision, fast, said):
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(run.torch, "set_num_threads", lambda number: None)
+    run.check_cores(precision=precision)
+    assert ("zero2_fp32.json" in caplog.text) is said
+    assert run.fast_precision() == ("bf16" if fast else "fp32")
