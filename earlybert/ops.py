@@ -56,7 +56,11 @@ def _guarded(builder: Any, verbose: bool = True) -> Any:
     home = folder()
     try:
         (home / builder.name).mkdir(parents=True, exist_ok=True)
-        with _alone(home / f"{builder.name}.lock", builder.name), _environment(_FOLDER, str(home)):
+        with (
+            _alone(home / f"{builder.name}.lock", builder.name),
+            _environment(_FOLDER, str(home)),
+            _environment("PATH", _own_programs_first()),
+        ):
             (home / builder.name / "lock").unlink(missing_ok=True)
             return _unguarded(builder, verbose)
     except OSError as error:
@@ -94,6 +98,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _own_programs_first() -> str:
+    """PATH with this installation's ninja before any other: two versions of it each take what the other has
+    built for stale, so a start here and a start with the environment activated would compile in turn."""
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
 def _places() -> int:

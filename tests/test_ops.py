@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path, monkeyp
 
     with pytest.raises(EarlyBertError, match=r"file.*'fused_adam' cannot be built.*TORCH_EXTENSIONS_DIR"):
         ops._guarded(Builder())
+
+
+def test_every_build_is_made_by_the_installations_own_ninja(tmp_path, monkeypatch):
+    found = []
+
+    class Builder:
+        name = "an_op"
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(ops, "_unguarded", lambda builder, verbose: found.append(shutil.which("ninja")))
+    ops._guarded(Builder())
+    assert found == [str(Path(sys.executable).parent / "ninja")]
+    assert os.environ["PATH"] == "/usr/bin"
 
 
 def test_hosts_with_other_processors_do_not_share_a_build(monkeypatch):

@@ -382,6 +382,9 @@ def _plain_deepspeed(job: Figures) -> None:
     import deepspeed
     import torch
 
+    from earlybert import ops
+
+    ops.guard_builds()  # compiled once for all programs
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
     model, rows, collate = _stock(job)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
