@@ -52,7 +52,7 @@ def collect(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder in folders:
         found = {}
-        for path in sorted(folder.glob("*/seed-*/result.json")):
+        for path in sorted(folder.glob("**/seed-*/result.json")):
             told = json.loads(path.read_text(encoding="utf-8"))
             found[told["task"], told["seed"]] = told
         if not found:

@@ -6,6 +6,7 @@
     python scripts/bench.py saving EXPERIMENT [key=value ...] --out DIR [--minutes 120] [--json FILE]
     python scripts/bench.py recipes EXPERIMENT... --out DIR [--seconds 600] [--json FILE]
     python scripts/bench.py downstream MODEL --data GLUE --out DIR [--task rte] [--dropout 0] [--json FILE]
+    python scripts/bench.py transfer --row 'NAME: MODEL [key=value ...]'... --glue DIR --squad DIR --out DIR
     python scripts/bench.py data DUMP EXTRACT... [--json FILE]
     python scripts/bench.py latency [--export DIR --export DIR | --shape base] [--json FILE]
 
@@ -30,6 +31,9 @@ recipes: held-out loss of several experiments after the same training time, each
 downstream: a folder of stock BERT fine-tuned on tasks of GLUE by scripts/finetune.py and by Hugging Face's
 Trainer (pip install accelerate), with the same seeds, rows, order and rates: scores with their spread, and
 without dropout the difference of every step's loss.
+
+transfer: models, each a row, fine-tuned on the same tasks with the same seeds, --jobs programs at a time, in
+slices of --minutes: the paper's table.
 
 data: a Wikipedia dump to prose beside wikiextractor and mwparserfromhell (pip install both), prose to shards
 beside tokenizers' own encode_batch, the loader beside transformers' collator, and the memory of a
@@ -168,13 +172,33 @@ def main() -> int:
         "--set", dest="override", action="append", default=[], metavar="key=value",
         help="settings of the fine-tuning, such as recipe.epochs=1.0",
     )  # fmt: skip
-    for command in (draw, save, data, train, ticket, apart, saving, recipes, downstream, latency):
+    transfer = commands.add_parser("transfer", help="pretrained models fine-tuned on the same tasks")
+    transfer.add_argument(
+        "--row", action="append", required=True, metavar="'NAME: MODEL [key=value ...]'",
+        help="a model and settings of its fine-tuning, such as ticket.enabled=true; the baseline first",
+    )  # fmt: skip
+    transfer.add_argument("--glue", type=Path, metavar="DIR", help="folder of GLUE's files")
+    transfer.add_argument("--squad", type=Path, metavar="DIR", help="folder of SQuAD's files")
+    transfer.add_argument("--task", action="append", help="such as rte; all that are there if not given")
+    transfer.add_argument("--seeds", type=int, default=3)
+    transfer.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; what is done there is kept"
+    )
+    transfer.add_argument("--jobs", type=int, default=1, help="programs at a time, on shares of the cores")
+    transfer.add_argument("--minutes", type=float, default=120, help="then stop; the same command goes on")
+    transfer.add_argument(
+        "--set", dest="override", action="append", default=[], metavar="key=value",
+        help="settings of all rows, such as recipe.epochs=1.0",
+    )  # fmt: skip
+    transfer.add_argument("--plot", type=Path, help="draw the scores here")
+    whole = (draw, save, data, train, ticket, apart, saving, recipes, downstream, transfer, latency)
+    for command in whole:
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    if arguments.command in ("data", "train", "saving", "recipes", "downstream", "latency"):
-        measured = importlib.import_module(f"benchmarks.{arguments.command}")
-        figures = measured.measure(arguments)
-        measured.tell(figures, *([arguments.plot] if "plot" in arguments else []))
+    if arguments.command in ("data", "train", "saving", "recipes", "downstream", "transfer", "latency"):
+        bench = importlib.import_module(f"benchmarks.{arguments.command}")
+        figures = bench.measure(arguments)
+        bench.tell(figures, *([arguments.plot] if "plot" in arguments else []))
         _keep(figures, arguments.json)
         return 0
     return _rank(arguments) if "EARLYBERT_BENCH" in os.environ else _start(arguments)

@@ -50,6 +50,10 @@ class Rank:
         _LAUNCHED.append(self)
 
     @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 

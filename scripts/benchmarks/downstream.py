@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.ranks import start
+from benchmarks.ranks import start, why
 from earlybert import glue, recipes
 from earlybert.config import EarlyBertError, override, read_json, to_toml, write_atomically
 
@@ -33,7 +33,7 @@ def measure(arguments: argparse.Namespace) -> Figures:
             "accelerate"
         )
     out: Path = arguments.out
-    names = arguments.task or _there(arguments.data)
+    names = arguments.task or there(arguments.data)
     experiment = _experiment(arguments, names)
     dropout = [read_json(out / "model" / "config.json")[name] for name in _DROPOUTS]
     tasks: dict[str, Figures] = {}
@@ -76,7 +76,7 @@ def _spread(scores: list[float]) -> str:
     return f"{statistics.fmean(scores):.2f}{spread}"
 
 
-def _there(data: Path) -> list[str]:
+def there(data: Path) -> list[str]:
     """Tasks that have a folder."""
     names = [
         name for name, task in glue.TASKS.items() if (data / task.folder).is_dir() or (data / name).is_dir()
@@ -152,9 +152,7 @@ def _finished(command: list[Any], path: Path) -> None:
         (process,) = start([sys.executable, *map(str, command)], ranks=1, log=log, **_one_device())
         code = process.wait()
     if code:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise EarlyBertError(f"{said[-1]} ({path})" if code == 2 and said else f"see {path}: status {code}")
+        raise EarlyBertError(why(code, path))
 
 
 def _one_device() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 _OF_A_LAUNCH = (
@@ -40,3 +41,10 @@ def start(
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         processes.append(subprocess.Popen(command, env={**shared, **own}, stdout=log, stderr=log))
     return processes
+
+
+def why(code: int, log: Path) -> str:
+    """What a program that ended with `code` says in its log of what the user can mend, or where to look."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return f"{said[-1]} ({log})" if code == 2 and said else f"see {log}: status {code}"

@@ -1,0 +1,97 @@
+"""`bench.py transfer`: models side by side on the same tasks, several programs at a time, in slices."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from test_bench_downstream import SCRIPTS, write_rte
+
+import letters
+from earlybert import scores
+from earlybert.config import EarlyBertError
+from ranks import launch
+
+
+@pytest.fixture
+def transfer(monkeypatch):
+    """The benchmark, and the programs that it starts, forked from the tests' server."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmarks import transfer
+
+    started = []
+
+    def start(command, *, ranks, log, **environment):
+        started.append(command)
+        path = Path(log.name)
+        (logs := path.with_suffix("")).mkdir()
+        path.unlink()
+        path.symlink_to(logs / "log-0.txt")
+        return launch("test_bench_downstream:alone", command[1:], ranks=ranks, logs=logs, **environment)
+
+    monkeypatch.setattr(transfer, "start", start)
+    return transfer, started
+
+
+def arguments(path, **changes):
+    values = {
+        "row": [
+            f"dense: {path / 'bert'}", f"ticket: {path / 'bert'} ticket.enabled=true ticket.kind=magnitude",
+        ],
+        "glue": path / "data", "squad": None, "task": None, "seeds": 2, "out": path / "out", "jobs": 2,
+        "minutes": 4.0,
+        "override": [
+            "recipe.epochs=1.0", "recipe.batch=16", "recipe.sequence_length=64", "deepspeed=deepspeed.json",
+            "ticket.minimum_neurons=1", "ticket.neuron_multiple=1",
+        ],
+    }  # fmt: skip
+    return Namespace(**{**values, **changes})
+
+
+def test_every_row_task_and_seed_is_done_once_and_stands_in_the_table(
+    transfer, tmp_path, monkeypatch, capsys
+):
+    bench, started = transfer
+    letters.stock_bert(tmp_path / "bert", hidden_size=32, initializer_range=0.15)
+    write_rte(tmp_path / "data" / "RTE")
+    monkeypatch.chdir(tmp_path)
+    Path("deepspeed.json").write_text('{"zero_optimization": {"stage": 1}}')
+    late = bench.measure(arguments(tmp_path, minutes=0.0))
+    assert not started and late["rows"] == {}, "no time, no work"
+    bench.tell(late)
+    assert "nothing is done yet" in capsys.readouterr().out
+    figures = bench.measure(arguments(tmp_path))
+    assert len(started) == 4
+    for row in ("dense", "ticket"):
+        assert [(r["task"], r["seed"]) for r in figures["rows"][row]] == [("rte", 1), ("rte", 2)]
+    dense, ticket = (figures["rows"][row][0]["parameters"] for row in ("dense", "ticket"))
+    assert ticket < dense
+    assert bench.measure(arguments(tmp_path)) == figures and len(started) == 4
+    bench.tell(figures, tmp_path / "scores.png")
+    told = capsys.readouterr().out
+    table = scores.table(scores.collect([tmp_path / "out" / row for row in ("dense", "ticket")]))
+    assert table in told and "| ticket | " in table
+    assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
+def test_a_program_that_fails_says_why_and_the_rest_can_go_on(transfer, tmp_path):
+    bench, started = transfer
+    write_rte(tmp_path / "data" / "RTE")
+    with pytest.raises(EarlyBertError, match=r"nowhere.*logs/dense-rte-1.txt"):
+        bench.measure(arguments(tmp_path, row=[f"dense: {tmp_path / 'nowhere'}"], override=[], jobs=1))
+    assert len(started) == 1, "seed 2 would fail alike"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"row": ["dense"]}, "--row 'dense': give 'NAME: MODEL"),
+        ({"row": ["dense: ticket.enabled=true"]}, "give 'NAME: MODEL"),
+        ({"task": ["squad"]}, "where the files are is not said; give --squad DIR"),
+        ({"task": ["rte"], "glue": None}, "give --glue DIR"),
+    ],
+)
+def test_a_mistake_is_named(transfer, tmp_path, changes, says):
+    bench, started = transfer
+    with pytest.raises(EarlyBertError, match=says):
+        bench.measure(arguments(tmp_path, **changes))
+    assert not started
