@@ -1,5 +1,8 @@
 """`bench.py transfer`: models side by side on the same tasks, several programs at a time, in slices."""
 
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -79,6 +82,20 @@ def test_a_program_that_fails_says_why_and_the_rest_can_go_on(transfer, tmp_path
     with pytest.raises(EarlyBertError, match=r"nowhere.*logs/dense-rte-1.txt"):
         bench.measure(arguments(tmp_path, row=[f"dense: {tmp_path / 'nowhere'}"], override=[], jobs=1))
     assert len(started) == 1, "seed 2 would fail alike"
+
+
+def test_programs_that_the_time_ends_while_they_start_are_no_failures(transfer, tmp_path, monkeypatch):
+    bench, _ = transfer
+    write_rte(tmp_path / "data" / "RTE")
+    begun = []
+
+    def start(command, *, ranks, log, **environment):
+        begun.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return begun[-1:]
+
+    monkeypatch.setattr(bench, "start", start)
+    assert bench.measure(arguments(tmp_path, minutes=0.5 / 60))["rows"] == {}
+    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2, "two of four, as many as jobs"
 
 
 @pytest.mark.parametrize(

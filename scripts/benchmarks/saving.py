@@ -261,7 +261,7 @@ def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, deadline
             flush=True,
         )
         return True
-    if set(codes) == {_STOPPED}:
+    if set(codes) <= {_STOPPED, -signal.SIGTERM}:  # the other: before it listened
         return False
     log = (out / f"{name}.log").read_text(errors="replace")[-3000:]
     raise RuntimeError(f"{name} ended with {codes}:\n{log}")

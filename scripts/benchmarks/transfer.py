@@ -133,17 +133,19 @@ def _work(jobs: Sequence[Job], arguments: argparse.Namespace, *, deadline: float
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
     waiting = [job for job in jobs if not job.done]
     failed: list[str] = []
+    asked = False
     while waiting or running:
         late = bool(failed) or time.monotonic() >= deadline
         while waiting and not late and len(running) < len(places):
             place = next(number for number in range(len(places)) if number not in running)
             job = waiting.pop(0)
             running[place] = job, _begin(job, arguments, cores=places[place])
-        if late:
+        if late and not asked:
+            asked = True
             waiting.clear()
             for _, process in running.values():
                 process.send_signal(signal.SIGTERM)  # it saves, and the same command goes on
-        time.sleep(0.2 if not late else 1.0)
+        time.sleep(0.2)
         for place, (job, process) in list(running.items()):
             code = process.poll()
             if code is None:
@@ -154,7 +156,7 @@ def _work(jobs: Sequence[Job], arguments: argparse.Namespace, *, deadline: float
                 spent = sum(told["seconds"].values())
                 print(f"{job.row}, {job.task}, seed {job.seed}: {told['score']:.2f}, {spent:,.0f} s",
                       file=sys.stderr, flush=True)  # fmt: skip
-            elif code != STOPPED:
+            elif code != STOPPED and not (asked and code == -signal.SIGTERM):  # or before it listened
                 failed.append(why(code, _log(job)))
     if failed:
         raise EarlyBertError("; ".join(failed))
