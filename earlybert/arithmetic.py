@@ -117,8 +117,32 @@ class Documents(NamedTuple):
     """Tokens that no document exceeds."""
 
 
-Visible = torch.Tensor | Documents | None
-"""What a token attends to: where bool [B, 1, 1 or T, T] is true, its own document, or the whole row."""
+class Unpadded(NamedTuple):
+    """Real tokens only, one after the other, so that nothing but attention is computed for padding."""
+
+    places: torch.Tensor
+    """Where each of them stands in the flattened rows."""
+    mask: torch.Tensor
+    """bool [B, 1, 1, T]: true where a token is real."""
+
+    def gather(self, x_BTx: torch.Tensor) -> torch.Tensor:
+        """The real tokens of rows."""
+        return x_BTx.flatten(0, 1).index_select(0, self.places)
+
+    def spread(self, x_Kx: torch.Tensor) -> torch.Tensor:
+        """Rows again, with zeros in the places of padding."""
+        rows, tokens = self.mask.shape[0], self.mask.shape[-1]
+        zeros = x_Kx.new_zeros((rows * tokens, *x_Kx.shape[1:]))
+        return zeros.index_copy(0, self.places, x_Kx).unflatten(0, (rows, tokens))
+
+
+Visible = torch.Tensor | Documents | Unpadded | None
+"""What a token attends to: where bool [B, 1, 1 or T, T] is true, its own document, its own row's real tokens
+(where there are no others), or the whole row."""
+
+
+def unpadded(mask_BT: torch.Tensor) -> Unpadded:
+    return Unpadded(mask_BT.flatten().nonzero().squeeze(1), mask_BT[:, None, None, :].bool())
 
 
 def visible(
@@ -157,7 +181,7 @@ def attend(
     k_BNTH: torch.Tensor,
     v_BNTH: torch.Tensor,
     *,
-    mask: Visible,
+    mask: torch.Tensor | Documents | None,
     dropout: float,
 ) -> torch.Tensor:
     """Scaled dot-product attention, here and nowhere else. `mask`: what `visible` says.

@@ -13,12 +13,16 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .arithmetic import ACTIVATIONS, Dropout, Visible, attend, visible
+from .arithmetic import ACTIVATIONS, Dropout, Unpadded, Visible, attend, unpadded, visible
 from .configuration import EarlyBertConfig
 
 
 class Body(nn.Module):
     """Embeddings, encoder and, where `pooled`, the pooler: stock BERT's `bert`."""
+
+    skips_padding = False
+    """Compute what belongs to a token for real tokens only: hidden states are 0 where `mask_BT` is. Not in
+    effect for segments, nor where hidden states of all layers are asked for."""
 
     def __init__(self, config: EarlyBertConfig, *, pooled: bool) -> None:
         super().__init__()
@@ -45,12 +49,30 @@ class Body(nn.Module):
                 "output_attentions is set: attention weights are not kept here; load the dense export with "
                 'attn_implementation="eager", which has them'
             )
-        x_BTD = self.embeddings(ids_BT, types_BT, positions_BT)
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        mask = visible(mask_BT, segments_BT, x_BTD=x_BTD, dropout=dropout)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        x_BTD, states = self.encoder(x_BTD, mask, keep=bool(keep))
+        if self.skips_padding and mask_BT is not None and segments_BT is None and not keep:
+            x_BTD, states = self._real_tokens(unpadded(mask_BT), ids_BT, types_BT, positions_BT), None
+        else:
+            x_BTD = self.embeddings(ids_BT, types_BT, positions_BT)
+            dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+            mask = visible(mask_BT, segments_BT, x_BTD=x_BTD, dropout=dropout)
+            x_BTD, states = self.encoder(x_BTD, mask, keep=bool(keep))
         return x_BTD, None if self.pooler is None else self.pooler(x_BTD), states
+
+    def _real_tokens(
+        self,
+        real: Unpadded,
+        ids_BT: torch.Tensor,
+        types_BT: torch.Tensor | None,
+        positions_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The last hidden states [B, T, D]."""
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        types_K = None if types_BT is None else real.gather(types_BT)
+        positions_K = real.gather(positions_BT.expand_as(ids_BT))
+        x_KD, _ = self.encoder(self.embeddings(real.gather(ids_BT), types_K, positions_K), real, keep=False)
+        return real.spread(x_KD)
 
 
 class _Embeddings(nn.Module):
@@ -87,10 +109,15 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, mask: Visible) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(contexts of the heads side by side, a factor for each of their columns)."""
-        split = (*x_BTD.shape[:2], -1, self.head_size)
-        q, k, v = (layer(x_BTD).view(split).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        real = mask if isinstance(mask, Unpadded) else None
+        projected = (layer(x_BTD) for layer in (self.query, self.key, self.value))
+        rows = projected if real is None else map(real.spread, projected)
+        q, k, v = (x.unflatten(2, (-1, self.head_size)).transpose(1, 2) for x in rows)
         dropout = self.attention_dropout if self.training else 0.0
-        inner_BTI = attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2).flatten(2)
+        seen = mask.mask if isinstance(mask, Unpadded) else mask
+        inner_BTI = attend(q, k, v, mask=seen, dropout=dropout).transpose(1, 2).flatten(2)
+        if real is not None:
+            inner_BTI = real.gather(inner_BTI)
         if self.coefficients is None:
             return inner_BTI, None
         return inner_BTI, self.coefficients[:, None].expand(-1, self.head_size).reshape(-1)

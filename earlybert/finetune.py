@@ -25,6 +25,7 @@ import torch
 from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks
 from earlybert.account import parameter_count
 from earlybert.config import EarlyBertError, write_atomically
+from earlybert.downstream import EarlyBertForSequenceClassification
 from earlybert.engine import Engine, initialize
 from earlybert.lifecycle import check_config, empty_module
 from earlybert.monitor import Monitor, duration
@@ -186,6 +187,7 @@ class _Tuning:
         while self.step < self.plan.total:
             drawn, stop = self._train_step(engine)
             if drawn:
+                _skip_padding(engine)  # its module is another one
                 self._say(
                     f"drew the ticket at {engine.ticket}; pause {sum(engine.draw_seconds.values()):.2f} s"
                 )
@@ -245,6 +247,7 @@ class _Tuning:
         )  # fmt: skip
         if found is not None:
             checkpoint.verify(self.engine, found)
+        _skip_padding(self.engine)
         if dist.rank() == 0:
             self.monitor = Monitor(self.folder, resume_step=None if found is None else self.step)
         return self.engine
@@ -396,6 +399,16 @@ def _ticket(settings: Finetuning, *, steps_per_epoch: int) -> TicketSettings:
         return ticket
     last = max(1, round(settings.search_epochs * steps_per_epoch)) if ticket.searches else 1
     return replace(ticket, minimum_step=last, latest_step=last, every=max(1, last // _LOOKS))
+
+
+def _skip_padding(engine: Engine) -> None:
+    """Leave padding out of a classifier's products: most of a batch of GLUE is that.
+
+    Not of an answer's, whose loss is over all tokens in stock BERT, padding among them. On CPUs only: a GPU
+    would be waited for, to count the real tokens, and it was not measured there.
+    """
+    classifies = isinstance(engine.module, EarlyBertForSequenceClassification)
+    engine.module.bert.skips_padding = classifies and engine.device.type == "cpu"
 
 
 def _moved(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
