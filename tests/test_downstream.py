@@ -1,5 +1,7 @@
 """EarlyBERT under a task's head against stock BERT: values, gradients, names, files."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 import letters
+from earlybert import finetune
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
     EarlyBertForSequenceClassification,
@@ -76,6 +79,20 @@ def test_heads_equal_those_of_stock_bert_in_loss_logits_and_gradients(stock, our
     gradients = dict(model.named_parameters())
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "skips"),
+    [
+        (EarlyBertForSequenceClassification, "cpu", True),
+        (EarlyBertForSequenceClassification, "cuda", False),
+        (EarlyBertForQuestionAnswering, "cpu", False),
+    ],
+)
+def test_fine_tuning_skips_padding_where_it_saves_time_and_changes_no_loss(kind, device, skips):
+    engine = SimpleNamespace(module=kind(EarlyBertConfig(**PLAIN)), device=torch.device(device))
+    finetune._skip_padding(engine)
+    assert engine.module.bert.skips_padding is skips
 
 
 def test_the_bare_encoder_is_stock_berts_and_opens_what_other_heads_have_saved(tmp_path):

@@ -31,6 +31,5 @@ for name in ("rte", "cola", "sst2", "stsb"):
             module(**batch).loss.backward()
             seconds[skips].append(time.perf_counter() - began)
     computed, skipped = (statistics.median(times[1:]) for times in seconds.values())
-    print(
-        f"{name}: {real / tokens:.2f} of the tokens are real; {computed:.2f} s, without padding {skipped:.2f} s"
-    )
+    real /= tokens
+    print(f"{name}: {real:.2f} of the tokens are real; {computed:.2f} s, {skipped:.2f} s without padding")
