@@ -47,7 +47,6 @@ def start_ranks() -> None:
     ops.guard_builds()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ.update(_ranks_of_slurm())
-    os.environ.setdefault("LOCAL_RANK", "0")
     if "RANK" not in os.environ:
         for many in _MANY_TASKS:
             if int(os.environ.get(many) or 1) > 1:
@@ -57,6 +56,7 @@ def start_ranks() -> None:
                     "WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each task"
                 )
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's to mend, and said once a process and collective.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
