@@ -142,6 +142,8 @@ Visible = torch.Tensor | Documents | Unpadded | None
 
 
 def unpadded(mask_BT: torch.Tensor) -> Unpadded:
+    """The real tokens of `mask_BT`; each row has one at least. Raises ValueError as `visible` does."""
+    _check_mask(mask_BT)
     return Unpadded(mask_BT.flatten().nonzero().squeeze(1), mask_BT[:, None, None, :].bool())
 
 
@@ -153,11 +155,8 @@ def visible(
     Documents on a GPU in 16 bits, where a mask would keep PyTorch from its flash kernels (which know no
     dropout for them); else a mask. Raises ValueError for a `mask_BT` that has not two dimensions.
     """
-    if mask_BT is not None and mask_BT.ndim != 2:
-        raise ValueError(
-            f"attention_mask has the shape {list(mask_BT.shape)}; give [sequences, tokens], 1 where a token "
-            "is real, 0 where it is padding"
-        )
+    if mask_BT is not None:
+        _check_mask(mask_BT)
     if segments_BT is None:
         return None if mask_BT is None else mask_BT[:, None, None, :].bool()
     fused = varlen_attn is not None and x_BTD.device.type == "cuda" and x_BTD.dtype != torch.float32
@@ -165,6 +164,14 @@ def visible(
         return documents_of(segments_BT)
     same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     return same if mask_BT is None else mask_BT[:, None, None, :].bool() & same
+
+
+def _check_mask(mask_BT: torch.Tensor) -> None:
+    if mask_BT.ndim != 2:
+        raise ValueError(
+            f"attention_mask has the shape {list(mask_BT.shape)}; give [sequences, tokens], 1 where a token "
+            "is real, 0 where it is padding"
+        )
 
 
 def documents_of(segments_BT: torch.Tensor) -> Documents:
@@ -181,7 +188,7 @@ def attend(
     k_BNTH: torch.Tensor,
     v_BNTH: torch.Tensor,
     *,
-    mask: torch.Tensor | Documents | None,
+    mask: Visible,
     dropout: float,
 ) -> torch.Tensor:
     """Scaled dot-product attention, here and nowhere else. `mask`: what `visible` says.
@@ -194,6 +201,8 @@ def attend(
         bounds, longest = mask
         out = varlen_attn(*rows, bounds, bounds, longest, longest)
         return out.unflatten(0, (q_BNTH.shape[0], q_BNTH.shape[2])).transpose(1, 2)
+    if isinstance(mask, Unpadded):
+        mask = mask.mask
     if q_BNTH.device.type != "cpu" or q_BNTH.dtype == torch.float32 or not q_BNTH.requires_grad:
         return functional.scaled_dot_product_attention(
             q_BNTH, k_BNTH, v_BNTH, attn_mask=mask, dropout_p=dropout

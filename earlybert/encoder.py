@@ -114,8 +114,7 @@ class _SelfAttention(nn.Module):
         rows = projected if real is None else map(real.spread, projected)
         q, k, v = (x.unflatten(2, (-1, self.head_size)).transpose(1, 2) for x in rows)
         dropout = self.attention_dropout if self.training else 0.0
-        seen = mask.mask if isinstance(mask, Unpadded) else mask
-        inner_BTI = attend(q, k, v, mask=seen, dropout=dropout).transpose(1, 2).flatten(2)
+        inner_BTI = attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2).flatten(2)
         if real is not None:
             inner_BTI = real.gather(inner_BTI)
         if self.coefficients is None:

@@ -36,7 +36,7 @@ say() { printf '\n== %s\n' "$*"; }
 say "1. corpus: $corpus"
 python scripts/prepare.py "$corpus" --out "$out/corpus" --vocab-size 8192 --tasks 2
 
-# Old processors emulate bf16, which takes minutes there.
+# Old processors emulate bf16, which takes several times as long there.
 precision=$(python -c 'from earlybert.run import fast_precision; print(fast_precision())' 2>/dev/null)
 say "2. pretraining: two processes, ZeRO-2, $precision; the detector draws the ticket"
 ranks=$(python -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')

@@ -69,6 +69,10 @@ def test_every_row_task_and_seed_is_done_once_and_stands_in_the_table(
     dense, ticket = (figures["rows"][row][0]["parameters"] for row in ("dense", "ticket"))
     assert ticket < dense
     assert bench.measure(arguments(tmp_path)) == figures and len(started) == 4
+    with pytest.raises(
+        EarlyBertError, match="dense holds results with another settings .*choose another --out"
+    ):
+        bench.measure(arguments(tmp_path, override=["recipe.epochs=2.0"]))
     bench.tell(figures, tmp_path / "scores.png")
     told = capsys.readouterr().out
     table = scores.table(scores.collect([tmp_path / "out" / row for row in ("dense", "ticket")]))

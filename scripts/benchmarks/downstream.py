@@ -90,7 +90,11 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
     """Write the model, the DeepSpeed JSON and the fine-tuning experiment into the folder; its file."""
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    _same(arguments, out / "asked.json")
+    asked: Figures = {
+        "model": str(arguments.model.resolve()), "data": str(arguments.data.resolve()),
+        "dropout": arguments.dropout, "precision": arguments.precision, "set": arguments.override,
+    }  # fmt: skip
+    same(asked, out)
     _model(arguments.model, out / "model", dropout=arguments.dropout)
     values: Figures = {"zero_optimization": {"stage": 0}}
     if arguments.precision != "fp32":
@@ -109,15 +113,12 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
     return path
 
 
-def _same(arguments: argparse.Namespace, path: Path) -> None:
-    """Raise EarlyBertError where the folder's results are of another question."""
-    asked: Figures = {
-        "model": str(arguments.model.resolve()), "data": str(arguments.data.resolve()),
-        "dropout": arguments.dropout, "precision": arguments.precision, "set": arguments.override,
-    }  # fmt: skip
+def same(asked: Figures, folder: Path) -> None:
+    """Raise EarlyBertError where a folder's results are of another question than `asked`."""
+    path = folder / "asked.json"
     if path.exists() and (before := read_json(path)) != asked:
         other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
-        raise EarlyBertError(f"{path.parent} holds results with another {other}; choose another --out")
+        raise EarlyBertError(f"{folder} holds results with another {other}; choose another --out")
     write_atomically(path, json.dumps(asked) + "\n")
 
 

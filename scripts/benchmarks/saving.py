@@ -31,10 +31,10 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.ranks import start
+from earlybert.run import STOPPED
 
 _PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
 ARMS = ("dense", "ticket", "random", "scratch", "layerdrop")
-_STOPPED = 143
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, deadline
             flush=True,
         )
         return True
-    if set(codes) <= {_STOPPED, -signal.SIGTERM}:  # the other: before it listened
+    if set(codes) <= {STOPPED, -signal.SIGTERM}:  # the other: before it listened
         return False
     log = (out / f"{name}.log").read_text(errors="replace")[-3000:]
     raise RuntimeError(f"{name} ended with {codes}:\n{log}")

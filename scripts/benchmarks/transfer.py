@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.downstream import there
+from benchmarks.downstream import same, there
 from benchmarks.ranks import start, why
 from earlybert import scores
 from earlybert.config import EarlyBertError, read_json
@@ -72,6 +72,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             raise EarlyBertError(
                 f"--task {' '.join(tasks)}: where the files are is not said; give --{kind} DIR"
             )
+    for name, words in rows.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        same({"settings": [*words, *arguments.override]}, out / name)
     jobs = [
         Job(name, (*words, *arguments.override), task, seed, out)
         for seed in range(1, arguments.seeds + 1)
