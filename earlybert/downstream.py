@@ -105,6 +105,9 @@ class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
 class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
     """Where an answer begins and ends; the first token, [CLS], stands for none."""
 
+    ignores_padding = False
+    """Give padding the lowest logits there are, so that the loss is over real tokens; stock BERT's is over
+    all of them."""
     _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^classifier\.", r"pooler"]  # noqa: RUF012
 
     def __init__(self, config: EarlyBertConfig) -> None:
@@ -128,7 +131,11 @@ class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
         cross-entropies."""
         batch = (input_ids, attention_mask, token_type_ids, position_ids)
         x_BTD, _, states = self.bert(*batch, **asked)
-        start_BT, end_BT = self.qa_outputs(x_BTD).float().unbind(-1)
+        logits_BT2 = self.qa_outputs(x_BTD).float()
+        if self.ignores_padding and attention_mask is not None:
+            lowest = torch.finfo(logits_BT2.dtype).min
+            logits_BT2 = logits_BT2.masked_fill(~attention_mask.bool()[..., None], lowest)
+        start_BT, end_BT = logits_BT2.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = functional.cross_entropy(start_BT, start_positions)

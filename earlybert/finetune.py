@@ -25,7 +25,7 @@ import torch
 from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks
 from earlybert.account import parameter_count
 from earlybert.config import EarlyBertError, write_atomically
-from earlybert.downstream import EarlyBertForSequenceClassification
+from earlybert.downstream import EarlyBertForQuestionAnswering
 from earlybert.engine import Engine, initialize
 from earlybert.lifecycle import check_config, empty_module
 from earlybert.monitor import Monitor, duration
@@ -187,7 +187,7 @@ class _Tuning:
         while self.step < self.plan.total:
             drawn, stop = self._train_step(engine)
             if drawn:
-                _skip_padding(engine)  # its module is another one
+                _skip_padding(engine, recipe=self.recipe)  # its module is another one
                 self._say(
                     f"drew the ticket at {engine.ticket}; pause {sum(engine.draw_seconds.values()):.2f} s"
                 )
@@ -247,7 +247,7 @@ class _Tuning:
         )  # fmt: skip
         if found is not None:
             checkpoint.verify(self.engine, found)
-        _skip_padding(self.engine)
+        _skip_padding(self.engine, recipe=self.recipe)
         if dist.rank() == 0:
             self.monitor = Monitor(self.folder, resume_step=None if found is None else self.step)
         return self.engine
@@ -401,14 +401,16 @@ def _ticket(settings: Finetuning, *, steps_per_epoch: int) -> TicketSettings:
     return replace(ticket, minimum_step=last, latest_step=last, every=max(1, last // _LOOKS))
 
 
-def _skip_padding(engine: Engine) -> None:
-    """Leave padding out of a classifier's products: most of a batch of GLUE is that.
+def _skip_padding(engine: Engine, *, recipe: Recipe) -> None:
+    """Leave padding out of the products, of which it is half and more.
 
-    Not of an answer's, whose loss is over all tokens in stock BERT, padding among them. On CPUs only: a GPU
-    would be waited for, to count the real tokens, and it was not measured there.
+    Of an answer's only where the recipe says so: in stock BERT its loss is over all tokens, padding among
+    them. On CPUs only: a GPU would be waited for, to count the real tokens, and it was not measured there.
     """
-    classifies = isinstance(engine.module, EarlyBertForSequenceClassification)
-    engine.module.bert.skips_padding = classifies and engine.device.type == "cpu"
+    ignores = True
+    if isinstance(engine.module, EarlyBertForQuestionAnswering):
+        engine.module.ignores_padding = ignores = recipe.ignore_padding
+    engine.module.bert.skips_padding = ignores and engine.device.type == "cpu"
 
 
 def _moved(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:

@@ -44,6 +44,9 @@ class RecipeSettings:
     """Longest row in tokens; longer texts lose their end, longer contexts become several windows."""
     stride: int | None = None
     """SQuAD only: tokens by which the windows of a context overlap."""
+    ignore_padding: bool | None = None
+    """SQuAD only: leave padding out of the loss, where stock BERT has it; on a CPU nothing is computed for
+    it then."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Recipe:
     warmup: float
     sequence_length: int
     stride: int
+    ignore_padding: bool
 
     def __post_init__(self) -> None:
         where = f"the recipe of {self.task}"
@@ -86,7 +90,7 @@ class Recipe:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
         "epochs": 3.0, "batch": 32, "micro_batch": None, "learning_rate": 3e-5, "warmup": 0.1,
-        "sequence_length": 128, "stride": 128,
+        "sequence_length": 128, "stride": 128, "ignore_padding": False,
     },
     # Small sets need more passes than three to leave the majority's answer.
     "cola": {"epochs": 5.0},

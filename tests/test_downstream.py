@@ -24,6 +24,7 @@ from earlybert.downstream import (
     EarlyBertModel,
 )
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
+from earlybert.recipes import Finetuning, RecipeSettings
 
 PLAIN = {**letters.SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 KINDS = [
@@ -81,18 +82,48 @@ def test_heads_equal_those_of_stock_bert_in_loss_logits_and_gradients(stock, our
         torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_an_answers_loss_without_padding_is_that_of_each_row_alone(skips):
+    torch.manual_seed(5)
+    model = EarlyBertForQuestionAnswering(EarlyBertConfig(**PLAIN)).train()
+    values = batch(EarlyBertForQuestionAnswering, 0)
+    alone = []
+    for row, length in enumerate(values["attention_mask"].sum(1)):
+        own = {
+            name: v[row : row + 1, :length] if v.ndim == 2 else v[row : row + 1] for name, v in values.items()
+        }
+        alone.append(model(**own))
+    expected = torch.stack([told.loss for told in alone]).mean()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    model.ignores_padding, model.bert.skips_padding = True, skips
+    found = model(**values)
+    torch.testing.assert_close(found.loss, expected)
+    for row, told in enumerate(alone):
+        own = found.start_logits[row : row + 1, : told.start_logits.shape[1]]
+        torch.testing.assert_close(own, told.start_logits, rtol=1e-5, atol=1e-5)
+    found.loss.backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize(
-    ("kind", "device", "skips"),
+    ("kind", "device", "ignore", "skips"),
     [
-        (EarlyBertForSequenceClassification, "cpu", True),
-        (EarlyBertForSequenceClassification, "cuda", False),
-        (EarlyBertForQuestionAnswering, "cpu", False),
+        (EarlyBertForSequenceClassification, "cpu", False, True),
+        (EarlyBertForSequenceClassification, "cuda", False, False),
+        (EarlyBertForQuestionAnswering, "cpu", False, False),
+        (EarlyBertForQuestionAnswering, "cpu", True, True),
+        (EarlyBertForQuestionAnswering, "cuda", True, False),
     ],
 )
-def test_fine_tuning_skips_padding_where_it_saves_time_and_changes_no_loss(kind, device, skips):
+def test_fine_tuning_skips_padding_where_it_saves_time_and_changes_no_loss(kind, device, ignore, skips):
     engine = SimpleNamespace(module=kind(EarlyBertConfig(**PLAIN)), device=torch.device(device))
-    finetune._skip_padding(engine)
+    task = "squad" if kind is EarlyBertForQuestionAnswering else "rte"
+    words = RecipeSettings(ignore_padding=ignore)
+    recipe = Finetuning(name="x", model="", deepspeed="", recipe=words).of(task)
+    finetune._skip_padding(engine, recipe=recipe)
     assert engine.module.bert.skips_padding is skips
+    assert getattr(engine.module, "ignores_padding", None) in (None, ignore)
 
 
 def test_the_bare_encoder_is_stock_berts_and_opens_what_other_heads_have_saved(tmp_path):
