@@ -34,6 +34,18 @@ def test_parameters_and_flops_are_the_models():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "neurons"), [([4] * 6, [1024] * 6), ([4, 2, 4, 4, 2, 2], [64, 320, 64, 64, 320, 320])]
+)
+def test_a_step_of_many_layers_of_few_shapes_is_told_from_small_models(checkpointing, heads, neurons):
+    own = {"num_hidden_layers": 6, "heads_per_layer": heads, "neurons_per_layer": neurons}
+    config = tiny.config(**{**SHAPE, **own, "coefficients": "train"})
+    words = {"micro_batch": 2, "sequence_length": 16, "predicted": 0.25, "precision": "bf16"}
+    found = plan.measure(config, **words, checkpointing=checkpointing)
+    assert found == plan._counted(config, **words, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_a_real_forward_pass_keeps(checkpointing):
     config = tiny.config(**{**SHAPE, "max_position_embeddings": 64})
     model = EarlyBertForPreTraining(config).train()
