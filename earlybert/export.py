@@ -34,6 +34,7 @@ from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError, sync_folder
 from earlybert.engine import Progress
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
+from earlybert.shards import tokenizer_sha256
 from earlybert.shrink import index_map, present, uncut, without_coefficients
 from earlybert.ticket import Kept
 
@@ -156,6 +157,12 @@ def read_run(path: Path) -> Source:
     tokenizer = corpus / "tokenizer"
     if not tokenizer.is_dir():
         raise EarlyBertError(f"{tokenizer}: the corpus' tokenizer is not there; restore {corpus}")
+    trained_with = training.environment.get("tokenizer")
+    if trained_with is not None and tokenizer_sha256(tokenizer) != trained_with:
+        raise EarlyBertError(
+            f"{tokenizer} is another tokenizer than the one that {run} was trained with: the corpus was "
+            "prepared again; put the old tokenizer back"
+        )
     progress = Progress.from_json(found.manifest.progress, where=str(found.folder))
     return Source(
         weights=checkpoint.weights(found),

@@ -110,12 +110,18 @@ def claim(
     return Claim(experiment.folder, lock)
 
 
-def describe(experiment: Described, mechanics: dict[str, Any], *, corpus: str) -> None:
-    """Write what runs into the run folder; on rank 0, when nothing can be refused any more."""
+def describe(
+    experiment: Described, mechanics: dict[str, Any], *, corpus: str, tokenizer: str | None = None
+) -> None:
+    """Write what runs into the run folder; on rank 0, when nothing can be refused any more.
+
+    `corpus`, `tokenizer`: checksums of what is trained on.
+    """
     folder = experiment.folder
     environment = {
         "experiment": experiment.fingerprint,
         "corpus": corpus,
+        "tokenizer": tokenizer,
         "command": sys.argv,
         "git_commit": _git_commit(),
         "python": platform.python_version(),

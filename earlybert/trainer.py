@@ -118,7 +118,11 @@ class _Trainer:
             published=self.probes.take,
         )
         if dist.rank() == 0:
-            run.describe(self.experiment, self.parts.mechanics, corpus=self.parts.corpus.manifest.content)
+            manifest = self.parts.corpus.manifest
+            run.describe(
+                self.experiment, self.parts.mechanics, corpus=manifest.content,
+                tokenizer=manifest.tokenizer_sha256,
+            )  # fmt: skip
         self.rolled_back: list[int] = []
         """Steps to which this start has gone back, as long as it is the same one."""
         self._open()
@@ -175,8 +179,9 @@ class _Trainer:
             stop = self._train_step(batches, at)
             drawn = len(self.engine.progress.tickets) > draws
             end = at.step_in_phase + 1 == at.settings.steps
+            if drawn or end:
+                self.memory.recent = []  # a model or a length of other losses; before a save, for a resume
             if drawn:
-                self.memory.recent = []
                 self._tell_draw()
             evaluate = drawn or self.step == self.total or self.step % settings.evaluate.every == 0
             eval_loss = self._evaluate() if evaluate else None
@@ -321,7 +326,6 @@ class _Trainer:
 
     def _change_phase(self, at: At) -> None:
         self.phase = at.phase
-        self.memory.recent = []  # another length, another loss
         self.engine.reopen(
             micro_batch=at.settings.micro_batch,
             accumulation=at.settings.accumulation(world_size=dist.world_size()),

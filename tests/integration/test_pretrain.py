@@ -16,7 +16,7 @@ import torch
 
 from corpora import random_documents, write_corpus
 from earlybert import checkpoint, export
-from earlybert.config import to_toml
+from earlybert.config import EarlyBertError, to_toml
 from earlybert.lifecycle import free_port
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 from ranks import Rank, launch
@@ -327,6 +327,28 @@ def test_the_evaluation_at_a_phases_last_step_is_of_that_phase(small):
         assert small.run(name, f"phases.1.sequence_length={length}", *words) == [0, 0], small.log()
         losses.append([m["eval_loss"] for m in small.metrics(f"next-{length}") if m["step"] == 6])
     assert losses[0] == losses[1] and len(losses[0]) == 1
+
+
+def test_the_guard_of_a_run_that_is_resumed_at_a_phases_start_knows_no_losses_of_the_phase_before(small):
+    name, words = "name=edge", ["ticket.enabled=false", "phases.0.steps=3", "phases.1.steps=2"]
+    keep = ["checkpoint.every=1", "checkpoint.keep=9", "checkpoint.background=false"]
+    assert small.run(name, *words, *keep) == [0, 0], small.log()
+    kept = [
+        len(json.loads(path.read_text())["trainer"]["recent"])
+        for path in sorted((small.path / "runs" / "edge" / "checkpoints").glob("*/manifest.json"))
+    ]
+    assert kept == [1, 2, 0, 1, 0]
+
+
+def test_a_run_is_not_exported_with_another_tokenizer_than_its_own(tmp_path):
+    folder = Folder(tmp_path, stage=1, precision="fp32")
+    words = ["ticket.enabled=false", "phases.0.steps=1", "phases.1.steps=1"]
+    assert folder.run(*words, ranks=1) == [0], folder.log()
+    run, tokenizer = tmp_path / "runs" / "run", tmp_path / "corpus" / "tokenizer" / "tokenizer.json"
+    assert export.read_run(run).tokenizer == tokenizer.parent
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(EarlyBertError, match=r"another tokenizer than the one that .*run was trained with"):
+        export.read_run(run)
 
 
 def test_runs_that_train_on_other_rows_are_evaluated_on_the_same(tmp_path):
