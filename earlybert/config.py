@@ -8,9 +8,12 @@ reads.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import difflib
 import json
+import math
 import os
 import sys
 import tomllib
@@ -109,7 +112,7 @@ def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     A value is read as TOML where it is TOML (numbers, booleans, quoted strings, arrays) and as a bare string
     otherwise.
     """
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(dict(values))
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
@@ -200,6 +203,8 @@ def _value(hint: Any, value: Any, *, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise SettingsError(f"{where} = {value!r}: expected a table")
         return {key: _value(arguments[1], item, where=f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{where} = {value!r}: expected a finite number")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))):
@@ -214,9 +219,10 @@ def _plain(hint: Any) -> str:
 
 def _scalar(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if isinstance(value, (datetime.date, datetime.time)) else value  # a name, no setting is one
 
 
 def _place(node: Any, path: list[str], value: Any, *, word: str) -> None:

@@ -119,9 +119,15 @@ def settle(
 
 
 def dampers(
-    layers: Sequence[Layer], shape: Shape, *, heads: Kept, neurons: Kept, factor: float
+    layers: Sequence[Layer],
+    shape: Shape,
+    *,
+    heads: Kept,
+    neurons: Kept,
+    factor: float,
+    device: torch.device | str = "cpu",
 ) -> dict[str, tuple[int, torch.Tensor]]:
-    """{weight: (dimension, factor of each index)}: 1 for units of the mask, `factor` for the others.
+    """{weight: (dimension, factor of each index on `device`)}: 1 for units of the mask, `factor` for others.
 
     Coefficients are left out: they must be free to bring a unit back.
     """
@@ -139,7 +145,7 @@ def dampers(
         if name not in own:
             vector = torch.full((by.whole,), factor)
             vector[by.kept] = 1.0
-            found[name] = (by.dim, vector)
+            found[name] = (by.dim, vector.to(device))  # once, not in each backward pass
     return found
 
 

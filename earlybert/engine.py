@@ -330,6 +330,7 @@ class Engine:
                 heads=search.heads.kept(look),
                 neurons=search.neurons.kept(look),
                 factor=bird.settings.damping,
+                device=self.device,
             )
 
     def _draw(self, ticket: Ticket) -> None:

@@ -126,6 +126,13 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
             f"offload_param at ZeRO stage {stage}: only stage 3 shards the parameters; use stage 3",
         ),
         (
+            any(
+                (zero.get(key) or {}).get("device") == "nvme"
+                for key in ("offload_optimizer", "offload_param")
+            ),
+            "offload to nvme: what lies on disk cannot be read for a draw or a save; offload to cpu",
+        ),
+        (
             str((values.get("optimizer") or {}).get("type", "")).lower() == "muon",
             "Muon: under ZeRO, DeepSpeed 0.19.8 keeps its momentum for whole matrices beside partitions that "
             "end inside of them, so a draw cannot cut it; use AdamW or LAMB",

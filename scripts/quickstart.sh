@@ -24,6 +24,7 @@ kind=${corpus%%:*}
 out=$(realpath -m "${out:-$root/quickstart/${kind%-docs}}")
 case $corpus in  # a pattern is meant from where the command was given
   *:/*) ;;
+  hf:* | hf-stream:*) [ ! -d "${corpus#*:}" ] || corpus="${corpus%%:*}:$PWD/${corpus#*:}" ;;  # else on the hub
   *:*) corpus="${corpus%%:*}:$PWD/${corpus#*:}" ;;
 esac
 cd "$root"

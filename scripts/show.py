@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,9 @@ def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"report of the search: {report.write(path) / 'report.md'}"
 
     values, environment = read_toml(path / "experiment.toml"), _read_json(path / "environment.json")
+    if "phases" not in values:
+        yield from _describe_tuning(path, values)
+        return
     total = sum(phase["steps"] for phase in values["phases"])
     lines = report.metrics(path)
     reached = lines[-1]["step"] if lines else 0
@@ -113,7 +116,8 @@ def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
     if trained:
         last = trained[-1]
         yield (
-            f"newest line: loss {last['loss']:.4f}, masked-LM accuracy {last['mlm_accuracy']:.3f}, "
+            f"newest line: loss {_told(last['loss'], '.4f')}, masked-LM accuracy "
+            f"{_told(last['mlm_accuracy'], '.3f')}, "
             f"{last['tokens_per_second']:,.0f} tokens/s, {last['parameters']:,} parameters"
         )
     for line in lines:
@@ -133,6 +137,23 @@ def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
     if not names:
         yield "no checkpoint yet"
     yield f"TensorBoard: tensorboard --logdir {path / 'tensorboard'}"
+
+
+def _told(value: float | None, form: str) -> str:
+    """None: every step of a line was skipped."""
+    return "unknown (its steps were skipped)" if value is None else format(value, form)
+
+
+def _describe_tuning(path: Path, values: Mapping[str, Any]) -> Iterator[str]:
+    """The run folder of scripts/finetune.py."""
+    yield f"fine-tuning {path} of {values['model']}: {', '.join(values['tasks'])}"
+    seeds = values["seeds"]
+    for task in values["tasks"]:
+        results = [path / task / f"seed-{seed}" / "result.json" for seed in seeds]
+        found = {seed: _read_json(file) for seed, file in zip(seeds, results, strict=True) if file.is_file()}
+        told = ", ".join(f"{result['score']:.2f} (seed {seed})" for seed, result in found.items())
+        yield f"{task}: {told or 'no seed is done yet'}; {len(found)} of {len(seeds)} seeds"
+    yield f"a table: python scripts/finetune.py table {path}"
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -1,3 +1,4 @@
+import datetime
 import tomllib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,6 +49,9 @@ def test_settings_survive_toml():
         ({"inner": {}}, "the setting 'size' is missing"),
         ({"inner": {"size": "3"}}, "size = '3': expected a whole number"),
         ({"inner": {"size": True}}, "expected a whole number"),
+        ({"rate": float("inf")}, "rate = inf: expected a finite number"),
+        ({"flags": [float("nan")]}, "nan: expected a finite number"),
+        ({"name": datetime.date(2025, 6, 1)}, "expected a text, got date"),
         ({"inner": {"size": 1, "kind": "c"}}, "choose one of 'a', 'b'"),
         ({"many": {"size": 1}}, "expected a list"),
     ],
@@ -58,10 +62,11 @@ def test_a_mistake_names_the_place_the_value_and_the_remedy(change, says):
 
 
 def test_overrides_reach_into_tables_and_arrays():
-    values = override(GOOD, ["inner.size=9", "many.0.kind=b", "name=some text", "rate=1e-3"])
+    values = override(GOOD, ["inner.size=9", "many.0.kind=b", "name=2025-06-01", "rate=1e-3"])
     assert values["inner"]["size"] == 9 and values["many"][0]["kind"] == "b"
-    assert values["name"] == "some text" and values["rate"] == 1e-3
+    assert values["name"] == "2025-06-01" and values["rate"] == 1e-3
     assert GOOD["inner"]["size"] == 3
+    assert override(GOOD, ["name=some text"])["name"] == "some text"
     with pytest.raises(SettingsError, match="many.7"):
         override(GOOD, ["many.7.size=1"])
     with pytest.raises(SettingsError, match="key=value"):

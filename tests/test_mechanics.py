@@ -34,6 +34,8 @@ def test_every_shipped_config_is_mechanics_only(path):
         ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0: .*use stage 1"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "only stage 3 shards"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "no shards to offload"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload to cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload to cpu"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_what_stands_twice_is_refused(values, says):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from corpora import random_documents, write_corpus
-from earlybert.config import to_toml
+from earlybert.config import EarlyBertError, to_toml
 from earlybert.experiment import load
 from ranks import launch
 
@@ -85,6 +85,8 @@ def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tick
     told = saving.measure(arguments)
     assert not told["arms"] and not any(told["grid"].values()), "no time, no run"
     arguments.minutes, arguments.rates = 10.0, [1e-3]
+    with pytest.raises(EarlyBertError, match="holds no run of ticket .*; add --arm ticket"):
+        saving.measure(Namespace(**{**vars(arguments), "arm": ["random"]}))
     told = saving.measure(arguments)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
     assert len(done) == 4
@@ -108,6 +110,9 @@ def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tick
     ]
     assert [len(n) for n in tickets[0]["neurons"]] == [len(n) for n in tickets[1]["neurons"]]
     assert tickets[0]["neurons"] != tickets[1]["neurons"] and tickets[1]["step"] == tickets[0]["step"] == 4
+    other = saving._words(saving.Run("random", 3e-3, 1), arguments)
+    widths = [len(neurons) for neurons in tickets[0]["neurons"]]
+    assert f"ticket.neurons_per_layer={widths}" in other, "the ticket has run at another rate only"
     assert saving.measure(arguments) == told, "nothing is done twice"
     assert done == {path: path.stat().st_mtime_ns for path in done}
 

@@ -102,6 +102,26 @@ def test_a_ticket_is_drawn_in_characters_and_a_changed_one_is_refused(run):
     assert code == 2 and "does not match its sha256" in said
 
 
+def test_a_line_whose_steps_were_all_skipped_has_no_loss_to_tell(run):
+    line = {"step": 5, "loss": None, "mlm_accuracy": None, "tokens_per_second": 10.0, "parameters": 9}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    code, said = show(run)
+    assert code == 0 and "newest line: loss unknown (its steps were skipped)" in said, said
+
+
+def test_a_fine_tuning_run_is_described(tmp_path):
+    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / "experiment.toml").write_text(
+        'model = "runs/mine"\ntasks = ["rte", "cola"]\nseeds = [1, 2]\n'
+    )
+    (tmp_path / "rte" / "seed-2").mkdir(parents=True)
+    (tmp_path / "rte" / "seed-2" / "result.json").write_text('{"score": 61.371}')
+    code, said = show(tmp_path)
+    assert code == 0, said
+    assert "of runs/mine" in said and "rte: 61.37 (seed 2); 1 of 2 seeds" in said
+    assert "cola: no seed is done yet" in said
+
+
 def test_an_unfinished_save_is_no_checkpoint(run):
     (run / "checkpoints" / "step-0000004" / "manifest.json").unlink()
     code, said = show(run / "checkpoints" / "step-0000004")

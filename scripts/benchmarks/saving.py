@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.ranks import start
+from earlybert.config import EarlyBertError, read_json
 from earlybert.run import STOPPED
 
 _PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
@@ -107,8 +108,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def best(arm: str, arguments: argparse.Namespace) -> Run:
-    """The arm's run of seed 1 whose final held-out loss is least."""
+    """The arm's run of seed 1 whose final held-out loss is least; raises EarlyBertError for none."""
     done = [run for rate in arguments.rates if _done(run := Run(arm, rate, 1), arguments.out)]
+    if not done:
+        raise EarlyBertError(
+            f"{arguments.out} holds no run of {arm} at a rate of --rates that is done, which others follow; "
+            f"add --arm {arm}"
+        )
     return min(done, key=lambda run: curve(arguments.out / run.name).final)
 
 
@@ -284,7 +290,7 @@ def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
         layers = settings.model.layers
         gone = max(1, round(settings.ticket.neuron_ratio * layers))
         return [*words, "ticket.kind=layerdrop", f"ticket.layer_ratio={gone / layers}"]
-    ticket = json.loads((arguments.out / Run("ticket", run.rate, run.seed).name / "ticket.json").read_text())
+    ticket = read_json(_drawn(run, arguments) / "ticket.json")
     heads, neurons = ([len(layer) for layer in ticket[family]] for family in ("heads", "neurons"))
     if run.arm == "scratch":
         shape = [f"model.heads_per_layer={heads}", f"model.neurons_per_layer={neurons}"]
@@ -292,6 +298,15 @@ def _words(run: Run, arguments: argparse.Namespace) -> list[str]:
     shape = [f"ticket.heads_per_layer={heads}", f"ticket.neurons_per_layer={neurons}"]
     at = [f"ticket.minimum_step={ticket['step']}", f"ticket.latest_step={ticket['step']}"]
     return [*words, "ticket.kind=random", *shape, *at]
+
+
+def _drawn(run: Run, arguments: argparse.Namespace) -> Path:
+    """The folder of the ticket whose shape this run gets: of its own rate, else of the ticket's best, which
+    is the only one that later seeds have. Raises EarlyBertError as `best` does."""
+    own = replace(run, arm="ticket")
+    if not _done(own, arguments.out):
+        own = replace(best("ticket", arguments), seed=run.seed)
+    return arguments.out / own.name
 
 
 def _variant(text: str) -> tuple[str, list[str]]:

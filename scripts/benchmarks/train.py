@@ -309,7 +309,9 @@ def _ours(job: Figures, *, words: str) -> None:
             raise
     lines = map(json.loads, (runs / "bench" / "metrics.jsonl").read_text().splitlines())
     rates = [
-        line["tokens_per_second"] for line in lines if line["step"] > _WARM and "tokens_per_second" in line
+        line["tokens_per_second"]
+        for line in lines
+        if _WARM < line["step"] <= _WARM + job["steps"] and "tokens_per_second" in line
     ]
     _write(job, {"tokens_per_second": len(rates) / sum(1 / rate for rate in rates)})
 
