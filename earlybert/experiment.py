@@ -50,7 +50,7 @@ class ModelSettings:
     """Of attention probabilities."""
     pre_norm: bool = False
     """LayerNorm at the beginning of attention and FFN, and behind the last layer, instead of at their ends:
-    so a model bears higher learning rates. Stock BERT has it at their ends: such a model has no dense export."""
+    so a model bears higher learning rates. Stock BERT has it at their ends: then there is no dense export."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     checkpointing: bool = False

@@ -24,7 +24,10 @@ kind=${corpus%%:*}
 out=$(realpath -m "${out:-$root/quickstart/${kind%-docs}}")
 case $corpus in  # a pattern is meant from where the command was given
   *:/*) ;;
-  hf:* | hf-stream:*) [ ! -d "${corpus#*:}" ] || corpus="${corpus%%:*}:$PWD/${corpus#*:}" ;;  # else on the hub
+  hf:* | hf-stream:*)  # a folder, or else a name on the hub
+    name=${corpus#*:}
+    [ ! -d "${name%%,*}" ] || corpus="${corpus%%:*}:$PWD/$name"
+    ;;
   *:*) corpus="${corpus%%:*}:$PWD/${corpus#*:}" ;;
 esac
 cd "$root"
