@@ -24,7 +24,7 @@ import torch
 
 from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks
 from earlybert.account import parameter_count
-from earlybert.config import EarlyBertError, write_atomically
+from earlybert.config import EarlyBertError, read_json, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering
 from earlybert.engine import Engine, initialize
 from earlybert.lifecycle import check_config, empty_module
@@ -122,6 +122,8 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
                     continue
                 watch.mark(f"reading {name}")
                 task = tasks.load(recipe, data=settings.data, tokenizer=origin.tokenizer)
+                for seed in sorted(done):
+                    _same_rows(folders[seed] / "result.json", task, data=settings.data)
                 for seed, folder in folders.items():
                     if seed in done:
                         continue
@@ -215,7 +217,7 @@ class _Tuning:
         """The engine, from the pretrained model or from the newest checkpoint. Collective."""
         of = (
             hashlib.sha256(f"{self.settings.fingerprint} {self.recipe} {self.seed}".encode()).hexdigest(),
-            self.origin.fingerprint,
+            hashlib.sha256(f"{self.origin.fingerprint} {self.task.train.sha256}".encode()).hexdigest(),
         )
         folder = self.folder / "checkpoints"
         found = checkpoint.newest_good(folder, of=of)
@@ -372,6 +374,7 @@ class _Tuning:
             "neurons_per_layer": config.neurons_per_layer,
             "ticket": self.ticket.kind if ticket is not None else None,
             "recipe": asdict(self.recipe),
+            "rows": self.task.train.sha256,
             "model": self.settings.model,
             "pretraining": self.origin.facts,
             "ranks": dist.world_size(),
@@ -399,6 +402,15 @@ def _ticket(settings: Finetuning, *, steps_per_epoch: int) -> TicketSettings:
         return ticket
     last = max(1, round(settings.search_epochs * steps_per_epoch)) if ticket.searches else 1
     return replace(ticket, minimum_step=last, latest_step=last, every=max(1, last // _LOOKS))
+
+
+def _same_rows(result: Path, task: Task, *, data: str) -> None:
+    """Raise EarlyBertError where what is done was trained on other rows: a mean over both says nothing."""
+    if read_json(result).get("rows", task.train.sha256) != task.train.sha256:
+        raise EarlyBertError(
+            f"{result.parent} was tuned on other rows than those of {data} now; remove the folder to tune it "
+            "again, or choose another name="
+        )
 
 
 def _skip_padding(engine: Engine, *, recipe: Recipe) -> None:

@@ -8,6 +8,8 @@ B sequences, T tokens.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of all rows and targets, in their order."""
+        told = hashlib.sha256()
+        for ids, types in zip(self.input_ids, self.token_type_ids, strict=True):
+            told.update(np.array([len(ids), *ids, *types], dtype=np.int32).tobytes())
+        for name in sorted(self.targets):
+            told.update(name.encode() + self.targets[name].tobytes())
+        return told.hexdigest()
 
     def collate(self, which: Sequence[int], *, pad: int, targets: bool = True) -> dict[str, torch.Tensor]:
         """The rows `which` as a micro-batch: input_ids, token_type_ids, attention_mask [B, T] and targets."""

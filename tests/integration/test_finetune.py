@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -235,6 +236,20 @@ def test_the_model_of_a_run_folder_must_not_change_while_it_is_tuned(tmp_path):
     assert "was trained on another model than" in folder.log()
     assert folder.run("glue", "recipe.epochs=2.0", "seeds=[2]", ranks=1) == [2]
     assert "holds another experiment" in folder.log()
+
+
+def test_seeds_of_one_task_are_tuned_on_the_same_rows(tmp_path):
+    folder = Folder(tmp_path, tasks=["rte"])
+    write_rte(tmp_path / "data")
+    assert folder.run("glue", "recipe.epochs=0.1", ranks=1) == [0], folder.log()
+    rows = tmp_path / "data" / "RTE" / "train.tsv"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    words = ("recipe.epochs=0.1", "seeds=[1, 2]")
+    assert folder.run("glue", *words, ranks=1) == [2]
+    assert "seed-1 was tuned on other rows than those of" in folder.log().splitlines()[-1]
+    shutil.rmtree(tmp_path / "runs" / "run" / "rte" / "seed-1")
+    assert folder.run("glue", *words, ranks=1) == [0], folder.log()
+    assert folder.result("run", "rte")["rows"] == folder.result("run", "rte", seed=2)["rows"]
 
 
 def test_every_task_of_glue_trains_a_step_from_its_own_files(tmp_path):
