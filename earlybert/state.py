@@ -94,13 +94,13 @@ def read(engine: Any, *, transform: Transform | None = None, moments: bool = Tru
                 piece = NOTHING
             else:
                 values = fragment.master if key == MASTER else fragment.moment(layout.states, key)
-                piece = Piece(fragment.start, values.detach())
+                # What every rank holds whole: each reads its share.
+                first, last = share(values.numel()) if layout.replicated else (0, values.numel())
+                piece = Piece(fragment.start + first, values.detach()[first:last])
             if transform is not None:
                 piece = transform(name, key, state.shapes[name], piece)
             held[key] = Piece(piece.start, piece.values.to("cpu", torch.float32, copy=True))
         state.pieces[name] = held
-    if layout.replicated:
-        _keep_share(state)
     return state
 
 
@@ -278,14 +278,6 @@ def _write_counters(engine: Any, counters: Mapping[str, Any]) -> None:
     if getattr(scaler, "dynamic", False):
         for key, value in counters.get("loss_scaler", {}).items():
             setattr(scaler, key, value)
-
-
-def _keep_share(state: State) -> None:
-    """Of pieces that every rank holds whole, keep this rank's share."""
-    for held in state.pieces.values():
-        for key, piece in held.items():
-            start, stop = share(piece.values.numel())
-            held[key] = Piece(start, piece.values[start:stop].clone())
 
 
 def _bounds(state: State) -> dict[str, list[tuple[int, int]]]:

@@ -2,6 +2,7 @@
 left."""
 
 import gc
+import math
 import weakref
 from itertools import chain
 
@@ -218,6 +219,29 @@ def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(st
         assert got.keys() == expected.keys()
         for name in got:
             torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+def taken_of_the_state(stage):
+    """(numbers of the model, numbers that this rank takes of masters and moments)."""
+    engine = tiny.engine(stage, "fp32", None)
+    tiny.train(engine, range(1))
+    taken = []
+
+    def count(_name, _key, _shape, piece):
+        taken.append(piece.values.numel())
+        return piece
+
+    state.read(engine.inner, transform=count)
+    whole = sum(math.prod(shape) for shape in state.read(engine.inner).shapes.values())
+    engine.close()
+    return whole, sum(taken)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_no_rank_takes_more_of_the_state_than_its_share(stage):
+    (whole, first), (_, second) = ranks.run("test_engine:taken_of_the_state", ranks=2, stage=stage)
+    assert first + second == 3 * whole
+    assert max(first, second) < 0.6 * 3 * whole
 
 
 @pytest.mark.parametrize(
