@@ -222,7 +222,9 @@ def _scalar(text: str) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    return text if isinstance(value, (datetime.date, datetime.time)) else value  # a name, no setting is one
+    return (
+        text if isinstance(value, (datetime.date, datetime.time)) else value
+    )  # none is a date, a name may be
 
 
 def _place(node: Any, path: list[str], value: Any, *, word: str) -> None:

@@ -112,6 +112,7 @@ def _counted(
     precision: str,
     checkpointing: bool,
 ) -> Measured:
+    """`measure`, layer by layer."""
     with torch.device("meta"):
         model: Any = EarlyBertForPreTraining(config)
     model.to(_TYPES[precision]).train()

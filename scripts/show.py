@@ -146,14 +146,14 @@ def _told(value: float | None, form: str) -> str:
 
 def _describe_tuning(path: Path, values: Mapping[str, Any]) -> Iterator[str]:
     """The run folder of scripts/finetune.py."""
+    from earlybert import scores
+
     yield f"fine-tuning {path} of {values['model']}: {', '.join(values['tasks'])}"
-    seeds = values["seeds"]
-    for task in values["tasks"]:
-        results = [path / task / f"seed-{seed}" / "result.json" for seed in seeds]
-        found = {seed: _read_json(file) for seed, file in zip(seeds, results, strict=True) if file.is_file()}
-        told = ", ".join(f"{result['score']:.2f} (seed {seed})" for seed, result in found.items())
-        yield f"{task}: {told or 'no seed is done yet'}; {len(found)} of {len(seeds)} seeds"
-    yield f"a table: python scripts/finetune.py table {path}"
+    runs = scores.collect([path]) if any(path.glob("**/result.json")) else []
+    done, asked = sum(len(run.results) for run in runs), len(values["tasks"]) * len(values["seeds"])
+    yield f"{done} of {asked} done, each task with each seed"
+    if runs:
+        yield scores.table(runs)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -114,12 +114,13 @@ def test_a_fine_tuning_run_is_described(tmp_path):
     (tmp_path / "experiment.toml").write_text(
         'model = "runs/mine"\ntasks = ["rte", "cola"]\nseeds = [1, 2]\n'
     )
-    (tmp_path / "rte" / "seed-2").mkdir(parents=True)
-    (tmp_path / "rte" / "seed-2" / "result.json").write_text('{"score": 61.371}')
     code, said = show(tmp_path)
-    assert code == 0, said
-    assert "of runs/mine" in said and "rte: 61.37 (seed 2); 1 of 2 seeds" in said
-    assert "cola: no seed is done yet" in said
+    assert code == 0 and "of runs/mine: rte, cola" in said and "0 of 4 done" in said, said
+    (tmp_path / "rte" / "seed-2").mkdir(parents=True)
+    told = {"task": "rte", "seed": 2, "score": 61.371, "parameters": 90, "seconds": {"train": 7.0}}
+    (tmp_path / "rte" / "seed-2" / "result.json").write_text(json.dumps(told))
+    code, said = show(tmp_path)
+    assert code == 0 and "1 of 4 done" in said and "| 61.37 | 61.37 | 90 | 7 s |" in said, said
 
 
 def test_an_unfinished_save_is_no_checkpoint(run):

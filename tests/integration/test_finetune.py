@@ -238,6 +238,20 @@ def test_the_model_of_a_run_folder_must_not_change_while_it_is_tuned(tmp_path):
     assert "holds another experiment" in folder.log()
 
 
+def test_a_run_that_was_begun_on_other_rows_starts_anew(tmp_path):
+    folder = Folder(tmp_path, tasks=["rte"])
+    write_rte(tmp_path / "data")
+    (process,) = folder.start("glue", ranks=1)
+    wait_for(folder, "run", 10, [process])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, folder.log()
+    rows = tmp_path / "data" / "RTE" / "train.tsv"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    assert folder.run("glue", ranks=1) == [0], folder.log()
+    assert "is not used: its manifest is of another experiment or corpus" in folder.log()
+    assert folder.log().count("; from step 0") == 2
+
+
 def test_seeds_of_one_task_are_tuned_on_the_same_rows(tmp_path):
     folder = Folder(tmp_path, tasks=["rte"])
     write_rte(tmp_path / "data")
