@@ -11,6 +11,7 @@ from __future__ import annotations
 import bz2
 import collections
 import gzip
+import itertools
 import json
 import lzma
 import re
@@ -29,6 +30,8 @@ FILES = {"squad": ("train-v1.1", "dev-v1.1"), "squad2": ("train-v2.0", "dev-v2.0
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _QUESTION_TOKENS = 64
 """A longer question loses its end, as in BERT's own code."""
+_AT_A_TIME = 1000
+"""Questions given to the tokenizer: what it says takes 20 times the memory of what is kept."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -50,13 +53,15 @@ class Question:
 class Windows:
     """What the model reads: a question and a part of its context each."""
 
-    input_ids: tuple[list[int], ...]
-    """[CLS] question [SEP] part of the context [SEP], of at most T tokens."""
-    token_type_ids: tuple[list[int], ...]
+    input_ids: tuple[np.ndarray, ...]
+    """int32, at most T: [CLS] question [SEP] part of the context [SEP]."""
+    token_type_ids: tuple[np.ndarray, ...]
+    """int8."""
     questions: tuple[int, ...]
     """Which question each window belongs to."""
-    offsets: tuple[list[tuple[int, int] | None], ...]
-    """Characters of the context that each token covers; None for tokens that are not the context's."""
+    offsets: tuple[np.ndarray, ...]
+    """int32 [tokens, 2], the characters of the context that each token covers, from the first up to the
+    second; -1 for tokens that are not the context's."""
     starts: np.ndarray
     """int64 [W], the token where the first answer begins; 0 ([CLS]) where it is not whole in the window."""
     ends: np.ndarray
@@ -130,26 +135,40 @@ def windows(questions: Sequence[Question], tokenizer: Any, *, length: int, strid
     `tokenizer` is a fast tokenizer of transformers. Raises EarlyBertError where a window would have no room.
     """
     check_room(length=length, stride=stride)
-    told = tokenizer(
-        [_shortened(question.text, tokenizer) for question in questions],
-        [question.context for question in questions],
-        truncation="only_second", max_length=length, stride=stride,
-        return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
-    )  # fmt: skip
-    owners = tuple(told["overflow_to_sample_mapping"])
-    offsets = []
-    for window, pairs in enumerate(told["offset_mapping"]):
-        sides = told.sequence_ids(window)
-        offsets.append([pair if side == 1 else None for pair, side in zip(pairs, sides, strict=True)])
-    bounds = [_tokens_of(questions[owner], offsets[window]) for window, owner in enumerate(owners)]
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    offsets: list[np.ndarray] = []
+    owners: list[int] = []
+    for first in range(0, len(questions), _AT_A_TIME):
+        asked = questions[first : first + _AT_A_TIME]
+        told = tokenizer(
+            _shortened([question.text for question in asked], tokenizer),
+            [question.context for question in asked],
+            truncation="only_second", max_length=length, stride=stride,
+            return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+            return_attention_mask=False,
+        )  # fmt: skip
+        owners += [first + owner for owner in told["overflow_to_sample_mapping"]]
+        ids += arrays(told["input_ids"], np.int32)
+        types += arrays(told["token_type_ids"], np.int8)
+        for window, pairs in enumerate(told["offset_mapping"]):
+            context = np.array([side == 1 for side in told.sequence_ids(window)])
+            offsets.append(np.where(context[:, None], np.array(pairs, dtype=np.int32), np.int32(-1)))
+    bounds = [_tokens_of(questions[owner], own) for owner, own in zip(owners, offsets, strict=True)]
     return Windows(
-        tuple(told["input_ids"]),
-        tuple(told["token_type_ids"]),
-        owners,
+        tuple(ids),
+        tuple(types),
+        tuple(owners),
         tuple(offsets),
         np.array([first for first, _ in bounds], dtype=np.int64),
         np.array([last for _, last in bounds], dtype=np.int64),
     )
+
+
+def arrays(lists: Sequence[Sequence[int]], dtype: type[np.integer]) -> list[np.ndarray]:
+    """Lists of any lengths as views of one array: a few bytes a number, where Python's own take 36."""
+    flat = np.fromiter(itertools.chain.from_iterable(lists), dtype=dtype)
+    return np.split(flat, np.cumsum([len(numbers) for numbers in lists])[:-1])
 
 
 def answers(
@@ -174,13 +193,13 @@ def answers(
         start, end = (np.asarray(x[window], dtype=np.float64)[: len(own)] for x in (starts, ends))
         nulls[owner] = min(nulls[owner], float(start[0] + end[0]))
         context = questions[owner].context
-        inside = np.array([pair is not None and pair[1] > pair[0] for pair in own])
+        inside = (own[:, 0] >= 0) & (own[:, 1] > own[:, 0])
         firsts, lasts = (np.argsort(-np.where(inside, x, -np.inf))[:n_best] for x in (start, end))
         for first in firsts[inside[firsts]].tolist():
             for last in lasts[inside[lasts]].tolist():
                 if first <= last < first + longest:
-                    (begin, _), (_, stop) = own[first], own[last]  # type: ignore[misc]
-                    spans[owner].append((float(start[first] + end[last]), context[begin:stop]))
+                    text = context[own[first, 0] : own[last, 1]]
+                    spans[owner].append((float(start[first] + end[last]), text))
     return [
         _answered(found, null if impossible else None, n_best=n_best)
         for found, null in zip(spans, nulls, strict=True)
@@ -273,26 +292,28 @@ def _answered(spans: list[tuple[float, str]], null: float | None, *, n_best: int
     return Answered(tuple(sorted(told, key=lambda c: -c.logit)), odds)
 
 
-def _shortened(text: str, tokenizer: Any) -> str:
-    """The question's first tokens, as text."""
-    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text if len(told) <= _QUESTION_TOKENS else text[: told[_QUESTION_TOKENS - 1][1]]
+def _shortened(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Each question's first tokens, as text."""
+    told = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+    )["offset_mapping"]
+    return [
+        text if len(own) <= _QUESTION_TOKENS else text[: own[_QUESTION_TOKENS - 1][1]]
+        for text, own in zip(texts, told, strict=True)
+    ]
 
 
-def _tokens_of(question: Question, offsets: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
+def _tokens_of(question: Question, offsets: np.ndarray) -> tuple[int, int]:
     """First and last token of the first answer, (0, 0) where the window does not hold all of it."""
     if not question.answers:
         return 0, 0
     begin = question.starts[0]
     end = begin + len(question.answers[0])
-    inside = [
-        token for token, pair in enumerate(offsets) if pair is not None and pair[1] > begin and pair[0] < end
-    ]
-    if not inside:
+    inside = np.flatnonzero((offsets[:, 0] >= 0) & (offsets[:, 1] > begin) & (offsets[:, 0] < end))
+    if not len(inside):
         return 0, 0
-    first, last = offsets[inside[0]], offsets[inside[-1]]
-    assert first is not None and last is not None
-    return (inside[0], inside[-1]) if first[0] <= begin and last[1] >= end else (0, 0)
+    first, last = int(inside[0]), int(inside[-1])
+    return (first, last) if offsets[first, 0] <= begin and offsets[last, 1] >= end else (0, 0)
 
 
 def _from_json(path: Path) -> Iterator[Question]:

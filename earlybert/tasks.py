@@ -35,8 +35,10 @@ Logits = tuple[np.ndarray, ...]
 class Rows:
     """Token ids of a split, of any lengths, and what they are trained to."""
 
-    input_ids: Sequence[list[int]]
-    token_type_ids: Sequence[list[int]]
+    input_ids: Sequence[np.ndarray]
+    """int32, a row each."""
+    token_type_ids: Sequence[np.ndarray]
+    """int8."""
     targets: Mapping[str, np.ndarray]
     """{argument of the model's forward pass: one value a row}; empty where there are none."""
 
@@ -48,7 +50,7 @@ class Rows:
         """Of all rows and targets, in their order."""
         told = hashlib.sha256()
         for ids, types in zip(self.input_ids, self.token_type_ids, strict=True):
-            told.update(np.array([len(ids), *ids, *types], dtype=np.int32).tobytes())
+            told.update(np.concatenate([[len(ids)], ids, types]).astype(np.int32).tobytes())
         for name in sorted(self.targets):
             told.update(name.encode() + self.targets[name].tobytes())
         return told.hexdigest()
@@ -61,8 +63,8 @@ class Rows:
         types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
         for place, row in enumerate(which):
             own = len(self.input_ids[row])
-            ids_BT[place, :own] = torch.tensor(self.input_ids[row])
-            types_BT[place, :own] = torch.tensor(self.token_type_ids[row])
+            ids_BT[place, :own] = torch.from_numpy(self.input_ids[row])
+            types_BT[place, :own] = torch.from_numpy(self.token_type_ids[row])
             mask_BT[place, :own] = 1
         batch = {"input_ids": ids_BT, "token_type_ids": types_BT, "attention_mask": mask_BT}
         if targets:
@@ -174,7 +176,11 @@ class GlueTask(Task):
         if examples.labels is not None:
             kind = np.int64 if self.task.labels else np.float32
             targets["labels"] = np.array(examples.labels, dtype=kind)
-        return Rows(told["input_ids"], told["token_type_ids"], targets)
+        ids, types = (
+            squad.arrays(told[name], kind)
+            for name, kind in (("input_ids", np.int32), ("token_type_ids", np.int8))
+        )
+        return Rows(ids, types, targets)
 
 
 _SUFFIXES = (".json", ".json.xz", ".json.gz", ".json.bz2", ".parquet")

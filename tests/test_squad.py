@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_windows_cover_the_context_overlap_and_mark_the_answer_only_where_all_of
     assert len(cut) > 3 and max(map(len, cut.input_ids)) == 120
     covered = set()
     for window, (ids, types) in enumerate(zip(cut.input_ids, cut.token_type_ids, strict=True)):
-        own = [pair for pair in cut.offsets[window] if pair is not None]
+        own = [pair for pair in cut.offsets[window].tolist() if pair[0] >= 0]
         assert len(own) == sum(types) - 1 and len(ids) - len(own) == 64 + 3, "64 tokens of the question"
         covered |= {place for pair in own for place in range(*pair)}
         whole = any(a[0] <= asked.starts[0] for a in own) and any(b[1] >= asked.starts[0] + 5 for b in own)
@@ -76,6 +77,39 @@ def test_windows_cover_the_context_overlap_and_mark_the_answer_only_where_all_of
             first, last = cut.offsets[window][cut.starts[window]], cut.offsets[window][cut.ends[window]]
             assert context[first[0] : last[1]] == "c6 d0"
     assert covered == {place for place, c in enumerate(context) if c != " "}
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 1000])
+def test_windows_are_those_of_the_tokenizer_however_many_questions_it_gets_at_a_time(monkeypatch, at_a_time):
+    asked = [question(" ".join(["abc"] * (7 * n)), id=str(n), text="who " * n) for n in range(1, 12)]
+    told = LETTERS(
+        [q.text for q in asked], [q.context for q in asked], truncation="only_second", max_length=120,
+        stride=20, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+    )  # fmt: skip
+    monkeypatch.setattr(squad, "_AT_A_TIME", at_a_time)
+    cut = squad.windows(asked, LETTERS, length=120, stride=20)
+    assert list(cut.questions) == told["overflow_to_sample_mapping"] and len(cut) > len(asked)
+    assert [ids.tolist() for ids in cut.input_ids] == told["input_ids"]
+    assert [types.tolist() for types in cut.token_type_ids] == told["token_type_ids"]
+    for window, offsets in enumerate(cut.offsets):
+        sides = told.sequence_ids(window)
+        pairs = [
+            list(pair) if side == 1 else [-1, -1]
+            for pair, side in zip(told["offset_mapping"][window], sides, strict=True)
+        ]
+        assert offsets.tolist() == pairs
+
+
+def test_windows_take_a_few_bytes_a_token_and_not_what_python_takes_for_a_number(monkeypatch):
+    asked = [question(" ".join(["abc"] * 150), id=str(n)) for n in range(100)]
+    monkeypatch.setattr(squad, "_AT_A_TIME", 5)
+    squad.windows(asked[:1], LETTERS, length=120, stride=20)  # what is imported and remembered once
+    tracemalloc.start()
+    cut = squad.windows(asked, LETTERS, length=120, stride=20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(map(len, cut.input_ids))
+    assert tokens > 50_000 and peak < 40 * tokens
 
 
 def test_of_overlapping_windows_the_surest_one_answers_and_none_is_the_least_sure_null():
@@ -103,7 +137,7 @@ def test_no_answer_ends_before_it_begins_or_is_longer_than_asked():
     asked = question("ab cd ef", "cd")
     cut = squad.windows([asked], LETTERS, length=100, stride=10)
     starts, ends = logits_for(cut, [None])
-    places = [i for i, pair in enumerate(cut.offsets[0]) if pair is not None]
+    places = np.flatnonzero(cut.offsets[0][:, 0] >= 0)
     starts[0][places[4]] = ends[0][places[0]] = 9.0
     (told,) = squad.answers([asked], cut, starts, ends, impossible=False, longest=3)
     assert told.candidates and all(1 <= len(c.text.replace(" ", "")) <= 3 for c in told.candidates)
