@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks
+from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks, tuned
 from earlybert.account import parameter_count
-from earlybert.config import EarlyBertError, read_json, write_atomically
+from earlybert.config import EarlyBertError, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering
 from earlybert.engine import Engine, initialize
 from earlybert.lifecycle import check_config, empty_module
@@ -117,13 +117,14 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
             for name in settings.tasks:
                 recipe = settings.of(name)
                 folders = {seed: claim.folder / name / f"seed-{seed}" for seed in settings.seeds}
+                tuned.check_recipe(settings, recipe, folders)
                 done = dist.from_rank_0({seed for seed, f in folders.items() if (f / "result.json").exists()})
                 if done == folders.keys():
                     continue
                 watch.mark(f"reading {name}")
                 task = tasks.load(recipe, data=settings.data, tokenizer=origin.tokenizer)
                 for seed in sorted(done):
-                    _same_rows(folders[seed] / "result.json", task, data=settings.data)
+                    tuned.check_rows(folders[seed], task, data=settings.data)
                 for seed, folder in folders.items():
                     if seed in done:
                         continue
@@ -216,7 +217,7 @@ class _Tuning:
     def _open(self) -> Engine:
         """The engine, from the pretrained model or from the newest checkpoint. Collective."""
         of = (
-            hashlib.sha256(f"{self.settings.fingerprint} {self.recipe} {self.seed}".encode()).hexdigest(),
+            tuned.identity(self.settings, self.recipe, seed=self.seed),
             hashlib.sha256(f"{self.origin.fingerprint} {self.task.train.sha256}".encode()).hexdigest(),
         )
         folder = self.folder / "checkpoints"
@@ -402,15 +403,6 @@ def _ticket(settings: Finetuning, *, steps_per_epoch: int) -> TicketSettings:
         return ticket
     last = max(1, round(settings.search_epochs * steps_per_epoch)) if ticket.searches else 1
     return replace(ticket, minimum_step=last, latest_step=last, every=max(1, last // _LOOKS))
-
-
-def _same_rows(result: Path, task: Task, *, data: str) -> None:
-    """Raise EarlyBertError where what is done was trained on other rows: a mean over both says nothing."""
-    if read_json(result).get("rows", task.train.sha256) != task.train.sha256:
-        raise EarlyBertError(
-            f"{result.parent} was tuned on other rows than those of {data} now; remove the folder to tune it "
-            "again, or choose another name="
-        )
 
 
 def _skip_padding(engine: Engine, *, recipe: Recipe) -> None:

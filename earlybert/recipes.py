@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ class Recipe:
                 squad.check_room(length=self.sequence_length, stride=self.stride)
         except EarlyBertError as error:
             raise SettingsError(f"{where}: {error}") from error
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the course of a run, so all but `micro_batch`."""
+        return {name: value for name, value in asdict(self).items() if name != "micro_batch"}
 
     def curve(self, *, steps: int) -> PhaseSettings:
         """The learning rate over `steps` optimizer steps."""
@@ -175,13 +180,12 @@ class Finetuning:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the course of the runs; what only watches them is left out."""
+        """sha256 of everything that decides the course of the runs of all tasks; their recipes, which
+        `tuned.check_recipe` compares task by task, and what only watches them are left out."""
         values = as_dict(self)
         for key in ("name", "runs", "log_every", "hang_seconds", "deepspeed", "checkpoint_every", "data",
-                    "model", "tasks", "seeds", "keep_models"):  # fmt: skip
+                    "model", "tasks", "seeds", "keep_models", "recipe", "recipes"):  # fmt: skip
             values.pop(key, None)
-        for recipe in (values["recipe"], *values["recipes"]):
-            recipe.pop("micro_batch", None)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -69,10 +69,16 @@ def test_every_row_task_and_seed_is_done_once_and_stands_in_the_table(
     dense, ticket = (figures["rows"][row][0]["parameters"] for row in ("dense", "ticket"))
     assert ticket < dense
     assert bench.measure(arguments(tmp_path)) == figures and len(started) == 4
+    own = arguments(tmp_path).override
+    added = [*own, 'recipes=[{task="cola", epochs=2.0}]']
+    assert bench.measure(arguments(tmp_path, override=added))["rows"] == figures["rows"], "not this task's"
     with pytest.raises(
         EarlyBertError, match="dense holds results with another settings .*choose another --out"
     ):
-        bench.measure(arguments(tmp_path, override=["recipe.epochs=2.0"]))
+        bench.measure(arguments(tmp_path, override=[*own, "search_epochs=0.5"]))
+    with pytest.raises(EarlyBertError, match=r"rte-1/rte/seed-1 was tuned with epochs = 1.0, not 2.0;"):
+        bench.measure(arguments(tmp_path, override=[*own, "recipe.epochs=2.0"]))
+    assert len(started) == 4
     bench.tell(figures, tmp_path / "scores.png")
     told = capsys.readouterr().out
     table = scores.table(scores.collect([tmp_path / "out" / row for row in ("dense", "ticket")]))

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.downstream import same, there
 from benchmarks.ranks import start, why
-from earlybert import scores
+from earlybert import recipes, scores, tuned
 from earlybert.config import EarlyBertError, read_json
 from earlybert.recipes import SQUADS
 from earlybert.run import STOPPED
@@ -52,11 +52,25 @@ class Job:
     def done(self) -> bool:
         return (self.folder / self.task / f"seed-{self.seed}" / "result.json").exists()
 
+    @property
+    def kind(self) -> str:
+        return "squad" if self.task in SQUADS else "glue"
+
+    @property
+    def experiment(self) -> Path:
+        return _SCRIPTS / "experiments" / "finetune" / f"{self.kind}.toml"
+
+    def check(self) -> None:
+        """Raise EarlyBertError where it is done, by another recipe than that of now."""
+        if self.done:
+            recipe = recipes.load(self.experiment, self.words, kind=self.kind)[0].of(self.task)
+            if wrong := tuned.other_recipe(self.folder / self.task / f"seed-{self.seed}", recipe):
+                raise EarlyBertError(wrong)
+
     def command(self, *, glue: Path | None, squad: Path | None) -> list[str]:
-        kind, data = ("squad", squad) if self.task in SQUADS else ("glue", glue)
-        experiment = _SCRIPTS / "experiments" / "finetune" / f"{kind}.toml"
+        data = {"glue": glue, "squad": squad}[self.kind]
         return [
-            sys.executable, str(_SCRIPTS / "finetune.py"), kind, str(experiment), f"data={data}",
+            sys.executable, str(_SCRIPTS / "finetune.py"), self.kind, str(self.experiment), f"data={data}",
             f"runs={self.folder.parent}", f"name={self.folder.name}", f'tasks=["{self.task}"]',
             f"seeds=[{self.seed}]", *self.words,
         ]  # fmt: skip
@@ -74,13 +88,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
     for name, words in rows.items():
         (out / name).mkdir(parents=True, exist_ok=True)
-        same({"settings": [*words, *arguments.override]}, out / name)
+        told = [word for word in (*words, *arguments.override) if not word.startswith("recipe")]
+        same({"settings": told}, out / name)
     jobs = [
         Job(name, (*words, *arguments.override), task, seed, out)
         for seed in range(1, arguments.seeds + 1)
         for task in tasks
         for name, words in rows.items()
     ]
+    for job in jobs:
+        job.check()
     _work(jobs, arguments, deadline=deadline)
     return figures(arguments, list(rows))
 

@@ -234,8 +234,35 @@ def test_the_model_of_a_run_folder_must_not_change_while_it_is_tuned(tmp_path):
     letters.stock_bert(tmp_path / "bert", seed=9)
     assert folder.run("glue", "recipe.epochs=1.0", "seeds=[2]", ranks=1) == [2]
     assert "was trained on another model than" in folder.log()
-    assert folder.run("glue", "recipe.epochs=2.0", "seeds=[2]", ranks=1) == [2]
+    assert folder.run("glue", "ticket.enabled=true", "seeds=[2]", ranks=1) == [2]
     assert "holds another experiment" in folder.log()
+
+
+def test_a_task_keeps_its_recipe_and_another_one_is_added_with_its_own(tmp_path):
+    folder = Folder(tmp_path, tasks=["rte"])
+    write_rte(tmp_path / "data", rows=32)
+    write_tsv(tmp_path / "data", "wnli", split="train")
+    write_tsv(tmp_path / "data", "wnli", split="dev")
+    assert folder.run("glue", "recipe.epochs=1.0", ranks=1) == [0], folder.log()
+    seed_2 = ("recipe.epochs=2.0", "seeds=[1, 2]")
+    assert folder.run("glue", *seed_2) == [2, 2]
+    assert "rte/seed-1 was tuned with epochs = 1.0, not 2.0; give it that again" in folder.log()
+    both = ("recipe.epochs=1.0", 'recipes=[{task="wnli", epochs=2.0}]', 'tasks=["rte", "wnli"]')
+    assert folder.run("glue", *both, ranks=1) == [0], folder.log()
+    assert [folder.result("run", task)["recipe"]["epochs"] for task in ("rte", "wnli")] == [1.0, 2.0]
+
+
+def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
+    folder = Folder(tmp_path, tasks=["rte"])
+    write_rte(tmp_path / "data")
+    (process,) = folder.start("glue", ranks=1)
+    wait_for(folder, "run", 10, [process])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, folder.log()
+    assert folder.run("glue", "recipe.epochs=1.0", ranks=1) == [2]
+    assert "was begun with another recipe of rte; give it the former again" in folder.log()
+    assert folder.run("glue", "recipe.micro_batch=8", ranks=1) == [0], folder.log()
+    assert folder.log().count("; from step 0") == 1
 
 
 def test_a_run_that_was_begun_on_other_rows_starts_anew(tmp_path):
