@@ -112,12 +112,12 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     watch = Watch(claim.folder, seconds=settings.hang_seconds)
     try:
         with explained(watch), run.Signals() as signals:
+            tuned.check(settings)
             if dist.rank() == 0:
                 run.describe(settings, mechanics_values, corpus=origin.fingerprint)
             for name in settings.tasks:
                 recipe = settings.of(name)
                 folders = {seed: claim.folder / name / f"seed-{seed}" for seed in settings.seeds}
-                tuned.check_recipe(settings, recipe, folders)
                 done = dist.from_rank_0({seed for seed, f in folders.items() if (f / "result.json").exists()})
                 if done == folders.keys():
                     continue
@@ -216,8 +216,9 @@ class _Tuning:
 
     def _open(self) -> Engine:
         """The engine, from the pretrained model or from the newest checkpoint. Collective."""
+        deciding = sorted(self.recipe.deciding.items())
         of = (
-            tuned.identity(self.settings, self.recipe, seed=self.seed),
+            hashlib.sha256(f"{self.settings.fingerprint} {deciding} {self.seed}".encode()).hexdigest(),
             hashlib.sha256(f"{self.origin.fingerprint} {self.task.train.sha256}".encode()).hexdigest(),
         )
         folder = self.folder / "checkpoints"
@@ -234,6 +235,8 @@ class _Tuning:
                 kind, self.task.model_settings, coefficients="train" if searched else "none", seed=self.seed
             )
             progress, restored = Progress(), None
+            if dist.rank() == 0:
+                tuned.begin(self.folder, self.recipe)
             self.step, self.memory = 0, _Memory()
         else:
             checkpoint.same_precision(found.manifest, precision=precision)

@@ -81,8 +81,9 @@ class Recipe:
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What decides the course of a run, so all but `micro_batch`."""
-        return {name: value for name, value in asdict(self).items() if name != "micro_batch"}
+        """What decides the course of a run: not `micro_batch`, and SQuAD's own for SQuAD alone."""
+        spare = {"micro_batch"} if self.task in SQUADS else {"micro_batch", "stride", "ignore_padding"}
+        return {name: value for name, value in asdict(self).items() if name not in spare}
 
     def curve(self, *, steps: int) -> PhaseSettings:
         """The learning rate over `steps` optimizer steps."""
@@ -181,7 +182,7 @@ class Finetuning:
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that decides the course of the runs of all tasks; their recipes, which
-        `tuned.check_recipe` compares task by task, and what only watches them are left out."""
+        `tuned.check` compares task by task, and what only watches them are left out."""
         values = as_dict(self)
         for key in ("name", "runs", "log_every", "hang_seconds", "deepspeed", "checkpoint_every", "data",
                     "model", "tasks", "seeds", "keep_models", "recipe", "recipes"):  # fmt: skip

@@ -167,6 +167,8 @@ def windows(questions: Sequence[Question], tokenizer: Any, *, length: int, strid
 
 def arrays(lists: Sequence[Sequence[int]], dtype: type[np.integer]) -> list[np.ndarray]:
     """Lists of any lengths as views of one array: a few bytes a number, where Python's own take 36."""
+    if not lists:
+        return []
     flat = np.fromiter(itertools.chain.from_iterable(lists), dtype=dtype)
     return np.split(flat, np.cumsum([len(numbers) for numbers in lists])[:-1])
 

@@ -6,45 +6,55 @@ rows that changed are refused beside a finished seed only; a run in progress sta
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import json
 from pathlib import Path
+from typing import Any
 
 from earlybert import checkpoint, dist
-from earlybert.config import EarlyBertError, read_json
+from earlybert.config import EarlyBertError, read_json, write_atomically
 from earlybert.recipes import Finetuning, Recipe
 from earlybert.tasks import Task
 
-
-def identity(settings: Finetuning, recipe: Recipe, *, seed: int) -> str:
-    """sha256 of what decides the course of one run, but for its model and rows."""
-    told = f"{settings.fingerprint} {sorted(recipe.deciding.items())} {seed}"
-    return hashlib.sha256(told.encode()).hexdigest()
+_RECIPE = "recipe.json"
+"""In the folder of a seed, from its start on."""
 
 
-def check_recipe(settings: Finetuning, recipe: Recipe, folders: Mapping[int, Path]) -> None:
-    """Raise EarlyBertError, on every rank, where runs of a task in {seed: its folder} have another recipe.
-    Collective."""
+def begin(folder: Path, recipe: Recipe) -> None:
+    """Note by which recipe a seed is tuned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _RECIPE, json.dumps(recipe.deciding, indent=1) + "\n")
+
+
+def check(settings: Finetuning) -> None:
+    """Raise EarlyBertError, on every rank, where seeds of the experiment's tasks, asked for or not, were
+    tuned by another recipe. Collective."""
     problem = None
     if dist.rank() == 0:
-        for seed, folder in folders.items():
-            problem = problem or (
-                other_recipe(folder, recipe)
-                if (folder / "result.json").exists()
-                else _begun_otherwise(folder, recipe, identity(settings, recipe, seed=seed))
-            )
+        try:
+            for recipe in map(settings.of, settings.tasks):
+                check_task(settings.folder / recipe.task, recipe)
+        except (EarlyBertError, OSError) as error:  # the others wait to hear of it
+            problem = str(error)
     problem = dist.from_rank_0(problem)
     if problem is not None:
         raise EarlyBertError(problem)
 
 
-def other_recipe(folder: Path, recipe: Recipe) -> str | None:
-    """What is wrong where a finished run was tuned by another recipe: a mean over both says nothing."""
-    before, now = read_json(folder / "result.json")["recipe"], recipe.deciding
-    other = ", ".join(
-        f"{name} = {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name]
-    )
-    return f"{folder} was tuned with {other}; {_remedy('that')}" if other else None
+def check_task(folder: Path, recipe: Recipe) -> None:
+    """Raise EarlyBertError where a seed in the folder of a task was tuned by another recipe, or is being: a
+    mean over both says nothing."""
+    now = recipe.deciding
+    for seed in sorted(folder.glob("seed-*")):
+        if (before := _recipe(seed)) is None:
+            continue
+        # What a run from before does not name was as the default is.
+        other = [name for name in now if before.get(name, now[name]) != now[name]]
+        if other:
+            told = ", ".join(f"{name} = {before[name]}, not {now[name]}" for name in other)
+            raise EarlyBertError(
+                f"{seed} is tuned with {told}; give it that again, remove the folder to tune it anew, or "
+                "choose another folder for the runs"
+            )
 
 
 def check_rows(folder: Path, task: Task, *, data: str) -> None:
@@ -56,17 +66,9 @@ def check_rows(folder: Path, task: Task, *, data: str) -> None:
         )
 
 
-def _begun_otherwise(folder: Path, recipe: Recipe, own: str) -> str | None:
-    """What is wrong where a run in progress has another recipe."""
-    for name in checkpoint.names(folder / "checkpoints"):
-        try:
-            manifest = checkpoint.read_manifest(folder / "checkpoints" / name)
-        except EarlyBertError:
-            continue  # it is named where the run looks for the one to go on from
-        if manifest.experiment != own:
-            return f"{folder} was begun with another recipe of {recipe.task}; {_remedy('the former')}"
-    return None
-
-
-def _remedy(which: str) -> str:
-    return f"give it {which} again, remove the folder to tune it anew, or choose another folder"
+def _recipe(seed: Path) -> dict[str, Any] | None:
+    """Of what is done in a seed's folder; None where there is nothing that another one could spoil."""
+    if (seed / "result.json").exists():
+        return read_json(seed / "result.json").get("recipe", {})
+    begun = checkpoint.names(seed / "checkpoints") and (seed / _RECIPE).exists()
+    return read_json(seed / _RECIPE) if begun else None

@@ -76,8 +76,14 @@ def test_every_row_task_and_seed_is_done_once_and_stands_in_the_table(
         EarlyBertError, match="dense holds results with another settings .*choose another --out"
     ):
         bench.measure(arguments(tmp_path, override=[*own, "search_epochs=0.5"]))
-    with pytest.raises(EarlyBertError, match=r"rte-1/rte/seed-1 was tuned with epochs = 1.0, not 2.0;"):
+    with pytest.raises(EarlyBertError, match=r"rte-1/rte/seed-1 is tuned with epochs = 1.0, not 2.0;"):
         bench.measure(arguments(tmp_path, override=[*own, "recipe.epochs=2.0"]))
+    for row in ("dense", "ticket"):
+        (tmp_path / "out" / row / "rte-1").rename(tmp_path / f"{row}-rte-1")
+    with pytest.raises(EarlyBertError, match=r"rte-2/rte/seed-2 is tuned with"):  # the table has it too
+        bench.measure(arguments(tmp_path, seeds=1, override=[*own, "recipe.epochs=2.0"]))
+    for row in ("dense", "ticket"):
+        (tmp_path / f"{row}-rte-1").rename(tmp_path / "out" / row / "rte-1")
     assert len(started) == 4
     bench.tell(figures, tmp_path / "scores.png")
     told = capsys.readouterr().out

@@ -110,6 +110,7 @@ def test_windows_take_a_few_bytes_a_token_and_not_what_python_takes_for_a_number
     tracemalloc.stop()
     tokens = sum(map(len, cut.input_ids))
     assert tokens > 50_000 and peak < 40 * tokens
+    assert len(squad.windows([], LETTERS, length=120, stride=20)) == 0
 
 
 def test_of_overlapping_windows_the_surest_one_answers_and_none_is_the_least_sure_null():

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from earlybert.recipes import SQUADS
 from earlybert.run import STOPPED
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
-_KEPT = ("task", "seed", "score", "scores", "parameters", "seconds")
+_KEPT = ("task", "seed", "score", "scores", "parameters", "seconds", "recipe")
 """Of a result.json."""
 
 
@@ -60,19 +60,24 @@ class Job:
     def experiment(self) -> Path:
         return _SCRIPTS / "experiments" / "finetune" / f"{self.kind}.toml"
 
+    def overrides(self) -> list[str]:
+        """All that the command says beside the experiment, but for the data."""
+        return [
+            f"runs={self.folder.parent}", f"name={self.folder.name}", f'tasks=["{self.task}"]',
+            f"seeds=[{self.seed}]", *self.words,
+        ]  # fmt: skip
+
     def check(self) -> None:
         """Raise EarlyBertError where it is done, by another recipe than that of now."""
         if self.done:
-            recipe = recipes.load(self.experiment, self.words, kind=self.kind)[0].of(self.task)
-            if wrong := tuned.other_recipe(self.folder / self.task / f"seed-{self.seed}", recipe):
-                raise EarlyBertError(wrong)
+            recipe = recipes.load(self.experiment, self.overrides(), kind=self.kind)[0].of(self.task)
+            tuned.check_task(self.folder / self.task, recipe)
 
     def command(self, *, glue: Path | None, squad: Path | None) -> list[str]:
         data = {"glue": glue, "squad": squad}[self.kind]
         return [
             sys.executable, str(_SCRIPTS / "finetune.py"), self.kind, str(self.experiment), f"data={data}",
-            f"runs={self.folder.parent}", f"name={self.folder.name}", f'tasks=["{self.task}"]',
-            f"seeds=[{self.seed}]", *self.words,
+            *self.overrides(),
         ]  # fmt: skip
 
 
@@ -96,10 +101,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for task in tasks
         for name, words in rows.items()
     ]
-    for job in jobs:
+    for job in (*jobs, *_others(jobs)):
         job.check()
     _work(jobs, arguments, deadline=deadline)
     return figures(arguments, list(rows))
+
+
+def _others(jobs: Sequence[Job]) -> Iterator[Job]:
+    """Seeds of the same rows and tasks that are not asked for: the table has them too."""
+    for job in jobs:
+        for folder in job.folder.parent.glob(f"{job.task}-*"):
+            if (number := folder.name.rpartition("-")[2]).isdecimal():
+                yield replace(job, seed=int(number))
 
 
 def figures(arguments: argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def figures(arguments: argparse.Namespace, rows: Sequence[str]) -> dict[str, Any
     for row in rows:
         if any((folder := arguments.out / row).glob("**/result.json")):
             (run,) = scores.collect([folder])
-            told["rows"][row] = [{name: r[name] for name in _KEPT} for r in run.results.values()]
+            told["rows"][row] = [{name: r.get(name) for name in _KEPT} for r in run.results.values()]
     return told
 
 

@@ -244,12 +244,17 @@ def test_a_task_keeps_its_recipe_and_another_one_is_added_with_its_own(tmp_path)
     write_tsv(tmp_path / "data", "wnli", split="train")
     write_tsv(tmp_path / "data", "wnli", split="dev")
     assert folder.run("glue", "recipe.epochs=1.0", ranks=1) == [0], folder.log()
-    seed_2 = ("recipe.epochs=2.0", "seeds=[1, 2]")
-    assert folder.run("glue", *seed_2) == [2, 2]
-    assert "rte/seed-1 was tuned with epochs = 1.0, not 2.0; give it that again" in folder.log()
-    both = ("recipe.epochs=1.0", 'recipes=[{task="wnli", epochs=2.0}]', 'tasks=["rte", "wnli"]')
+    stated = (tmp_path / "runs" / "run" / "experiment.toml").read_text()
+    assert folder.run("glue", "recipe.epochs=2.0", "seeds=[2]") == [2, 2]
+    assert "rte/seed-1 is tuned with epochs = 1.0, not 2.0; give it that again" in folder.log()
+    assert (tmp_path / "runs" / "run" / "experiment.toml").read_text() == stated
+    both = ("recipe.epochs=1.0", 'recipes=[{task="wnli", epochs=2.0}]', 'tasks=["rte", "wnli"]',
+            "recipe.stride=1")  # fmt: skip
     assert folder.run("glue", *both, ranks=1) == [0], folder.log()
     assert [folder.result("run", task)["recipe"]["epochs"] for task in ("rte", "wnli")] == [1.0, 2.0]
+    (tmp_path / "runs" / "run" / "rte" / "seed-1" / "result.json").write_text("{")
+    assert folder.run("glue", *both) == [2, 2], "on every rank"
+    assert "result.json" in folder.log().splitlines()[-1]
 
 
 def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
@@ -260,7 +265,7 @@ def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, folder.log()
     assert folder.run("glue", "recipe.epochs=1.0", ranks=1) == [2]
-    assert "was begun with another recipe of rte; give it the former again" in folder.log()
+    assert "rte/seed-1 is tuned with epochs = 6.0, not 1.0; give it that again" in folder.log()
     assert folder.run("glue", "recipe.micro_batch=8", ranks=1) == [0], folder.log()
     assert folder.log().count("; from step 0") == 1
 
