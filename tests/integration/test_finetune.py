@@ -142,6 +142,17 @@ def wait_for(folder, name, step, processes):
         time.sleep(0.01)
 
 
+def begun(path: Path) -> Folder:
+    """A run of RTE that a signal stopped after step 10."""
+    folder = Folder(path, tasks=["rte"])
+    write_rte(path / "data")
+    (process,) = folder.start("glue", ranks=1)
+    wait_for(folder, "run", 10, [process])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, folder.log()
+    return folder
+
+
 def test_the_ticket_rewinds_trains_all_epochs_and_stands_beside_its_baselines_in_the_table(tmp_path, capsys):
     folder = Folder(tmp_path, tasks=["rte"], search_epochs=0.5, keep_models=True)
     write_rte(tmp_path / "data")
@@ -258,12 +269,7 @@ def test_a_task_keeps_its_recipe_and_another_one_is_added_with_its_own(tmp_path)
 
 
 def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
-    folder = Folder(tmp_path, tasks=["rte"])
-    write_rte(tmp_path / "data")
-    (process,) = folder.start("glue", ranks=1)
-    wait_for(folder, "run", 10, [process])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143, folder.log()
+    folder = begun(tmp_path)
     assert folder.run("glue", "recipe.epochs=1.0", ranks=1) == [2]
     assert "rte/seed-1 is tuned with epochs = 6.0, not 1.0; give it that again" in folder.log()
     assert folder.run("glue", "recipe.micro_batch=8", ranks=1) == [0], folder.log()
@@ -271,12 +277,7 @@ def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
 
 
 def test_a_run_that_was_begun_on_other_rows_starts_anew(tmp_path):
-    folder = Folder(tmp_path, tasks=["rte"])
-    write_rte(tmp_path / "data")
-    (process,) = folder.start("glue", ranks=1)
-    wait_for(folder, "run", 10, [process])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143, folder.log()
+    folder = begun(tmp_path)
     rows = tmp_path / "data" / "RTE" / "train.tsv"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     assert folder.run("glue", ranks=1) == [0], folder.log()
