@@ -8,6 +8,7 @@ reads.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -166,6 +167,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except EarlyBertError as error:
+        # What libraries print to a log would come after it otherwise, when the program ends.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -1,4 +1,7 @@
 import datetime
+import os
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -91,3 +94,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_an_error_is_the_last_line_of_a_log_whatever_libraries_printed_before_it():
+    program = (
+        "import sys; from earlybert.config import EarlyBertError, run_command\n"
+        "def main():\n    print('from a library')\n    raise EarlyBertError('no corpus')\n"
+        "run_command(main)"
+    )
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "from a library\nerror: no corpus\n"
