@@ -110,6 +110,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """{task, or "" for every task: what it does unless the experiment says otherwise}."""
 
 
+def defaults(task: str) -> dict[str, Any]:
+    """A task's recipe where an experiment says nothing of it."""
+    return {**DEFAULTS[""], **DEFAULTS.get(task, {}), "task": task}
+
+
 @dataclass(frozen=True)
 class Finetuning:
     """A whole fine-tuning experiment."""
@@ -167,7 +172,7 @@ class Finetuning:
 
     def of(self, task: str) -> Recipe:
         """The recipe of a task: its own settings, else the experiment's, else the defaults."""
-        values: dict[str, Any] = {**DEFAULTS[""], **DEFAULTS.get(task, {}), "task": task}
+        values = defaults(task)
         own = [told for told in self.recipes if told.task == task]
         for told in (self.recipe, *own):
             given = {f.name: getattr(told, f.name) for f in fields(told)}

@@ -176,11 +176,8 @@ class GlueTask(Task):
         if examples.labels is not None:
             kind = np.int64 if self.task.labels else np.float32
             targets["labels"] = np.array(examples.labels, dtype=kind)
-        ids, types = (
-            squad.arrays(told[name], kind)
-            for name, kind in (("input_ids", np.int32), ("token_type_ids", np.int8))
-        )
-        return Rows(ids, types, targets)
+        ids = squad.arrays(told["input_ids"], np.int32)
+        return Rows(ids, squad.arrays(told["token_type_ids"], np.int8), targets)
 
 
 _SUFFIXES = (".json", ".json.xz", ".json.gz", ".json.bz2", ".parquet")

@@ -12,7 +12,7 @@ from typing import Any
 
 from earlybert import checkpoint, dist
 from earlybert.config import EarlyBertError, read_json, write_atomically
-from earlybert.recipes import Finetuning, Recipe
+from earlybert.recipes import Finetuning, Recipe, defaults
 from earlybert.tasks import Task
 
 _RECIPE = "recipe.json"
@@ -45,14 +45,14 @@ def check_task(folder: Path, recipe: Recipe) -> None:
     mean over both says nothing."""
     now = recipe.deciding
     for seed in sorted(folder.glob("seed-*")):
-        if (before := _recipe(seed)) is None:
+        if (told := _recipe(seed)) is None:
             continue
-        # What a run from before does not name was as the default is.
-        other = [name for name in now if before.get(name, now[name]) != now[name]]
-        if other:
-            told = ", ".join(f"{name} = {before[name]}, not {now[name]}" for name in other)
+        # A setting that a run from before does not name came later, with that run's behaviour as default.
+        before = {**defaults(recipe.task), **told}
+        if other := [name for name in now if before[name] != now[name]]:
+            values = ", ".join(f"{name} = {before[name]}, not {now[name]}" for name in other)
             raise EarlyBertError(
-                f"{seed} is tuned with {told}; give it that again, remove the folder to tune it anew, or "
+                f"{seed} is tuned with {values}; give it that again, remove the folder to tune it anew, or "
                 "choose another folder for the runs"
             )
 

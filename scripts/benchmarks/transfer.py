@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,6 @@ class Job:
             f"seeds=[{self.seed}]", *self.words,
         ]  # fmt: skip
 
-    def check(self) -> None:
-        """Raise EarlyBertError where it is done, by another recipe than that of now."""
-        if self.done:
-            recipe = recipes.load(self.experiment, self.overrides(), kind=self.kind)[0].of(self.task)
-            tuned.check_task(self.folder / self.task, recipe)
-
     def command(self, *, glue: Path | None, squad: Path | None) -> list[str]:
         data = {"glue": glue, "squad": squad}[self.kind]
         return [
@@ -101,18 +95,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for task in tasks
         for name, words in rows.items()
     ]
-    for job in (*jobs, *_others(jobs)):
-        job.check()
+    _check(jobs)
     _work(jobs, arguments, deadline=deadline)
     return figures(arguments, list(rows))
 
 
-def _others(jobs: Sequence[Job]) -> Iterator[Job]:
-    """Seeds of the same rows and tasks that are not asked for: the table has them too."""
-    for job in jobs:
-        for folder in job.folder.parent.glob(f"{job.task}-*"):
-            if (number := folder.name.rpartition("-")[2]).isdecimal():
-                yield replace(job, seed=int(number))
+def _check(jobs: Sequence[Job]) -> None:
+    """Raise EarlyBertError where seeds of the rows' tasks, asked for or not since the table has them all,
+    were tuned by another recipe than that of now."""
+    for job in {(job.row, job.task): job for job in jobs}.values():
+        if folders := sorted(job.folder.parent.glob(f"{job.task}-*")):
+            recipe = recipes.load(job.experiment, job.overrides(), kind=job.kind)[0].of(job.task)
+            for folder in folders:
+                tuned.check_task(folder / job.task, recipe)
 
 
 def figures(arguments: argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""What a fine-tuning folder holds already."""
+
+import json
+
+import pytest
+
+from earlybert import tuned
+from earlybert.config import EarlyBertError
+from earlybert.recipes import Recipe, defaults
+
+
+def done(folder, **recipe):
+    """A seed that was tuned by a recipe."""
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"recipe": recipe}))
+
+
+def test_a_setting_that_an_older_result_does_not_name_was_as_its_default_is(tmp_path):
+    now = Recipe(**defaults("squad"))
+    told = now.deciding
+    del told["ignore_padding"]
+    done(tmp_path / "seed-1", **told)
+    tuned.check_task(tmp_path, now)
+    with pytest.raises(EarlyBertError, match="seed-1 is tuned with ignore_padding = False, not True; give"):
+        tuned.check_task(tmp_path, Recipe(**{**defaults("squad"), "ignore_padding": True}))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "value", "decides"),
+    [
+        ("rte", "epochs", 1.0, True), ("rte", "micro_batch", 8, False), ("rte", "stride", 1, False),
+        ("rte", "ignore_padding", True, False), ("squad", "stride", 1, True),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_on_a_task_is_not_compared(tmp_path, task, name, value, decides):
+    done(tmp_path / "seed-2", **defaults(task))
+    now = Recipe(**{**defaults(task), name: value})
+    if decides:
+        with pytest.raises(EarlyBertError, match=f"seed-2 is tuned with {name} = "):
+            tuned.check_task(tmp_path, now)
+    else:
+        tuned.check_task(tmp_path, now)
+
+
+def test_what_was_begun_without_a_checkpoint_binds_nobody(tmp_path):
+    tuned.begin(tmp_path / "seed-1", Recipe(**defaults("rte")))
+    other = Recipe(**{**defaults("rte"), "epochs": 1.0})
+    tuned.check_task(tmp_path, other)
+    (tmp_path / "seed-1" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(EarlyBertError, match="seed-1 is tuned with epochs = 5.0, not 1.0"):
+        tuned.check_task(tmp_path, other)
