@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from earlybert.experiment import Experiment
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 from earlybert.monitor import duration
 from earlybert.progress import Progress
+from earlybert.targets import Widths
 from earlybert.ticket import Kept, Ticket
 
 _OBJECTIVES = {
@@ -101,10 +102,12 @@ def write(
     name = "EarlyBERT" if training is None else training.experiment.name
     dense = config.dense() if training is None else _dense(config, training.experiment)
     parts = [
-        _metadata(training),
-        [f"# {_plain(name)}, {form} export", "", _opening(config, training)],
+        metadata(task="fill-mask", language=None if training is None else _language(training), tags=["bert"]),
+        [f"# {plain(name)}, {form} export", "", _opening(config, training)],
         _shape(config, dense, form=form, difference=difference, training=training),
-        [] if kept is None else _ticket(dense, *kept, training=training),
+        []
+        if kept is None
+        else ticket_lines(kept, _widths(dense), () if training is None else training.tickets),
         *([] if training is None else [_text(training), _course(training), _settings(training)]),
         _use(config, form=form, training=training),
         _loading(form),
@@ -112,13 +115,14 @@ def write(
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _metadata(training: Training | None) -> list[str]:
-    """YAML, which model hubs read."""
+def metadata(*, task: str | None, language: str | None, tags: Sequence[str], **more: Any) -> list[str]:
+    """YAML, which model hubs read. `task`: the pipeline that opens the model; `more`: of ModelCardData."""
     values = ModelCardData(
-        language=None if training is None else _language(training),
+        language=language,
         library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["bert", "earlybert", "lottery-ticket"],
+        pipeline_tag=task,
+        tags=[*tags, "earlybert", "lottery-ticket"],
+        **more,
     )
     return ["---", values.to_yaml().strip(), "---"]
 
@@ -182,11 +186,12 @@ def _shape(
     return lines
 
 
-def _ticket(dense: EarlyBertConfig, heads: Kept, neurons: Kept, *, training: Training | None) -> list[str]:
+def ticket_lines(kept: tuple[Kept, Kept], dense: Widths, tickets: Sequence[Ticket]) -> list[str]:
+    """What was drawn, and layer by layer what stayed; `kept` in terms of the dense model."""
     lines = ["## Ticket"]
-    for ticket in () if training is None else training.tickets:
+    for ticket in tickets:
         told = str(ticket)
-        lines.append(f"- {_plain(told[:1].upper() + told[1:])}")
+        lines.append(f"- {plain(told[:1].upper() + told[1:])}")
         for step, far_heads, far_neurons in ticket.distances[-1:]:
             if far_heads is not None and far_neurons is not None:
                 lines.append(
@@ -194,7 +199,8 @@ def _ticket(dense: EarlyBertConfig, heads: Kept, neurons: Kept, *, training: Tra
                     f"{far_neurons:.3f} (0 is the same mask, 1 is chance)"
                 )
     lines += ["", "| layer of the dense model | heads that stayed | neurons that stayed |", "|---|---|---|"]
-    widths = zip(heads, dense.heads_per_layer, neurons, dense.neurons_per_layer, strict=True)
+    heads, neurons = kept
+    widths = zip(heads, dense.heads, neurons, dense.neurons, strict=True)
     for layer, (own_heads, of_heads, own_neurons, of_neurons) in enumerate(widths):
         which = f" ({', '.join(map(str, own_heads))})" if own_heads else ""
         lines.append(
@@ -211,14 +217,14 @@ def _text(training: Training) -> list[str]:
     if corpus.sources:
         lines += ["| source | documents | tokens |", "|---|---|---|"]
         lines += [
-            f"| {_plain(name)} | {row['documents']:,} | {row['tokens']:,} |"
+            f"| {plain(name)} | {row['documents']:,} | {row['tokens']:,} |"
             for name, row in corpus.sources.items()
         ]
         lines.append("")
     told = f"In all {corpus.documents:,} documents, {corpus.sentences:,} sentences, {corpus.tokens:,} tokens"
     lines.append(f"{told}; {settings.held_out:.3%} of the documents were held out and never trained on.")
     if settings.weights is not None:
-        shares = ", ".join(f"{_plain(name)} {weight:g}" for name, weight in settings.weights.items())
+        shares = ", ".join(f"{plain(name)} {weight:g}" for name, weight in settings.weights.items())
         lines.append(f"Sources were mixed in the proportion {shares}.")
     if corpus.settings.get("only_language"):
         lines.append(f"Documents in another language than `{corpus.settings['language']}` were dropped.")
@@ -232,7 +238,7 @@ def _course(training: Training) -> list[str]:
     seconds = manifest.trainer.get("trained_seconds")
     if seconds:
         device = training.environment.get("device")
-        where = "" if device is None else f" ({_plain(str(device))})"
+        where = "" if device is None else f" ({plain(str(device))})"
         lines.append(
             f"- {duration(seconds)} of training steps and draws, evaluations and saves not counted, on "
             f"{_processes(manifest)}{where}"
@@ -333,6 +339,10 @@ def _dense(config: EarlyBertConfig, experiment: Experiment) -> EarlyBertConfig:
     return EarlyBertConfig.from_dict(values)
 
 
+def _widths(config: EarlyBertConfig) -> Widths:
+    return Widths(tuple(config.heads_per_layer), tuple(config.neurons_per_layer))
+
+
 def _parameters(config: EarlyBertConfig) -> int:
     """Of a model of this shape, coefficients not counted."""
     plain = EarlyBertConfig.from_dict({**config.to_dict(), "coefficients": "none"})
@@ -344,6 +354,6 @@ def _processes(manifest: checkpoint.Manifest) -> str:
     return "1 process" if manifest.world_size == 1 else f"{manifest.world_size} processes"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that means nothing to Markdown, on one line."""
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split()))

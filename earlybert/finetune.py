@@ -361,10 +361,6 @@ class _Tuning:
     def _finish(self, engine: Engine) -> None:
         """Write the result, and let the checkpoints go. Collective."""
         scores = self.memory.scores[str(self.plan.total)]
-        if self.settings.keep_models:
-            pretrained.save(engine, self.folder / "model")
-            if dist.rank() == 0:
-                self.origin.tokenizer.save_pretrained(self.folder / "model")
         config, ticket = engine.module.config, engine.ticket
         result = {
             "task": self.recipe.task,
@@ -384,6 +380,10 @@ class _Tuning:
             "ranks": dist.world_size(),
             "precision": mechanics.precision_of(self.mechanics),
         }
+        if self.settings.keep_models:
+            pretrained.save(engine, self.folder / "model", result=result)
+            if dist.rank() == 0:
+                self.origin.tokenizer.save_pretrained(self.folder / "model")
         if dist.rank() == 0:
             write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)

@@ -9,6 +9,7 @@ Both are loaded again and compared with the trained weights before they get thei
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from earlybert import adapters, dist, state
+from earlybert import adapters, dist, saved_card, state
 from earlybert.config import EarlyBertError
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
@@ -28,11 +29,16 @@ from earlybert.downstream import (
 from earlybert.engine import Engine
 from earlybert.export import MARK, Form, carry_code, new_folder, refuse_difference
 from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining, EarlyBertPreTrainedModel
+from earlybert.saved_card import Saved
 from earlybert.shrink import index_map, present, uncut, without_coefficients
 
 
-def save(engine: Engine, to: str | Path, *, form: Form = "compact") -> float:
+def save(
+    engine: Engine, to: str | Path, *, form: Form = "compact", result: Mapping[str, Any] | None = None
+) -> float:
     """Write the model to a folder; return the largest difference of logits after loading it. Collective.
+
+    A model card (README.md) stands beside it; `result`: its figures, those of `result.json` of a fine-tuning.
 
     "compact" has the true shapes and is for `load`; "dense" has coefficients folded in and zeros where heads
     and neurons went, and is for the stock class. Raises EarlyBertError, on every rank, where `to` is
@@ -45,7 +51,7 @@ def save(engine: Engine, to: str | Path, *, form: Form = "compact") -> float:
     problem, difference = None, 0.0
     if dist.rank() == 0:
         try:
-            difference = _write(engine, weights, Path(to), form=form)
+            difference = _write(engine, weights, Path(to), form=form, result=result)
         except EarlyBertError as error:
             problem = str(error)
     problem, difference = dist.from_rank_0((problem, difference))
@@ -86,7 +92,14 @@ def load(folder: str | Path) -> Any:
     return module.eval()
 
 
-def _write(engine: Engine, weights: dict[str, torch.Tensor], to: Path, *, form: Form) -> float:
+def _write(
+    engine: Engine,
+    weights: dict[str, torch.Tensor],
+    to: Path,
+    *,
+    form: Form,
+    result: Mapping[str, Any] | None,
+) -> float:
     adapter, config = engine.adapter, engine.module.config
     trained = _filled(adapter, config, weights)
     with new_folder(to) as hidden:
@@ -114,6 +127,9 @@ def _write(engine: Engine, weights: dict[str, torch.Tensor], to: Path, *, form: 
         loaded = load(hidden) if form == "compact" else type(written).from_pretrained(hidden).eval()
         difference, scale = _difference(trained, loaded)
         refuse_difference(to, difference, scale=scale, form=form)
+        shape = adapter.shape(trained)
+        saved = Saved(written, form, shape, engine.progress, difference)
+        (hidden / "README.md").write_text(saved_card.write(saved, result), encoding="utf-8")
         (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
     return difference
 

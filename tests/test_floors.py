@@ -22,7 +22,7 @@ FLOORS = {
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly",
         "probes"},
     4: {"trainer", "tuned"},
-    5: {"card", "export", "pretrained", "origin", "finetune"},
+    5: {"card", "export", "saved_card", "pretrained", "origin", "finetune"},
 }  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
@@ -44,7 +44,7 @@ SAME_FLOOR = {
     ("faults", "dist"), ("plan", "experiment"), ("plan", "state"), ("experiment", "guard"),
     ("account", "checkpoint"), ("account", "engine"), ("assembly", "checkpoint"), ("assembly", "run"),
     ("assembly", "engine"), ("assembly", "lifecycle"),
-    ("export", "card"),
+    ("export", "card"), ("saved_card", "card"), ("saved_card", "export"), ("pretrained", "saved_card"),
     ("assembly", "probes"), ("probes", "checkpoint"), ("probes", "lifecycle"), ("probes", "monitor"),
     ("probes", "run"),
     ("pretrained", "export"), ("downstream", "model"), ("downstream", "encoder"), ("model", "encoder"),

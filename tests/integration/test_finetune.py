@@ -174,6 +174,8 @@ def test_the_ticket_rewinds_trains_all_epochs_and_stands_beside_its_baselines_in
 
     model = load(tmp_path / "runs" / "early-bird" / "rte" / "seed-1" / "model")
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+    card = (tmp_path / "runs" / "early-bird" / "rte" / "seed-1" / "model" / "README.md").read_text()
+    assert f"| dev | accuracy | {ticket['score']:.2f} |" in card and "## Ticket" in card
     found = scores.collect([tmp_path / "runs" / name for name in ("dense", "early-bird", "random")])
     lines = scores.table(found).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| dense", "| early-bird", "| random"]
