@@ -38,8 +38,8 @@ class SettingsError(EarlyBertError):
     """A setting that is unknown, of the wrong type or out of range."""
 
 
-def parse(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """Build the dataclass `cls` from nested mappings.
+def parse(cls: type[T], values: Mapping[str, Any], *, where: str, base: T | None = None) -> T:
+    """Build the dataclass `cls` from nested mappings; what they leave out is as in `base`, or as its default.
 
     `where` names the origin (a file, a section) in messages. Raises SettingsError for an unknown key, a value
     of the wrong type, a missing required key, and passes on what the class's own `__post_init__` raises,
@@ -50,7 +50,9 @@ def parse(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     refuse_unknown(values, fields, where=where)
-    built = {key: _value(hints[key], value, where=f"{where}: {key}") for key, value in values.items()}
+    built = {} if base is None else {name: getattr(base, name) for name in fields}
+    for key, value in values.items():
+        built[key] = _field(fields[key], hints[key], value, where=f"{where}: {key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in built:
@@ -179,6 +181,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(code or 0)
+
+
+def _field(field: dataclasses.Field[Any], hint: Any, value: Any, *, where: str) -> Any:
+    """Check the value of a field. A table that is given in part keeps the rest of the field's own default,
+    which need not be that of the table's class."""
+    make = field.default_factory
+    if make is not dataclasses.MISSING and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return parse(hint, value, where=where, base=make())  # type: ignore[arg-type]
+    return _value(hint, value, where=where)
 
 
 def _value(hint: Any, value: Any, *, where: str) -> Any:

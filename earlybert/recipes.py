@@ -134,7 +134,10 @@ class Finetuning:
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     recipes: tuple[RecipeSettings, ...] = ()
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(betas=(0.9, 0.999)))
-    ticket: TicketSettings = field(default_factory=lambda: TicketSettings(enabled=False))
+    ticket: TicketSettings = field(
+        default_factory=lambda: TicketSettings(enabled=False, start="rewind", neuron_ratio=0.4)
+    )
+    """As the paper fine-tunes: 40 % of the neurons go, and training begins anew."""
     search_epochs: float = 0.2
     """Part of the first epoch that searches for the ticket; `ticket.latest_step` follows from it."""
     runs: str = "runs"

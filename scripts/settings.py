@@ -58,8 +58,9 @@ def page() -> str:
         "setting can be changed on the command line by its dotted name: `model.layers=4 ticket.every=20",
         "phases.0.steps=500`. Engine mechanics (ZeRO stage, precision, offload) stand in a DeepSpeed JSON",
         "([ds_configs](../ds_configs)), which may not set anything of this page. Experiments of",
-        "scripts/finetune.py ([scripts/experiments/finetune](../scripts/experiments/finetune)) have the last",
-        "two tables, `[optimizer]` and `[ticket]`.",
+        "scripts/finetune.py ([scripts/experiments/finetune](../scripts/experiments/finetune)) have",
+        "`[optimizer]` and `[ticket]` beside tables of their own; their defaults of those are",
+        f"{_differing(Finetuning)}.",
     ]
     tables.append(("Fine-tuning: top of the file", Finetuning))
     tables.append(("Fine-tuning: `[recipe]`, and one `[[recipes]]` a task", RecipeSettings))
@@ -67,6 +68,22 @@ def page() -> str:
         lines += ["", f"## {title}", "", "| setting | type | default | |", "|---|---|---|---|"]
         lines += list(_rows(cls))
     return "\n".join(lines) + "\n"
+
+
+def _differing(cls: type) -> str:
+    """The defaults of a class' tables that are not those of the tables' own classes."""
+    told = []
+    for field in dataclasses.fields(cls):
+        if field.default_factory is dataclasses.MISSING:
+            continue
+        table = field.default_factory()
+        if dataclasses.is_dataclass(table):
+            told += [
+                f"`{field.name}.{own.name}` {_shown(getattr(table, own.name))}"
+                for own in dataclasses.fields(table)
+                if own.default is not dataclasses.MISSING and getattr(table, own.name) != own.default
+            ]
+    return ", ".join(told)
 
 
 def _rows(cls: type) -> Iterator[str]:

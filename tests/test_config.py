@@ -33,6 +33,7 @@ class Outer:
     many: tuple[Inner, ...] = ()
     name: str | None = None
     flags: tuple[float, ...] = field(default=(1.0,))
+    own: Inner = field(default_factory=lambda: Inner(7, "b"))
 
 
 GOOD = {"inner": {"size": 3}, "rate": 2, "many": [{"size": 1}, {"size": 2, "kind": "b"}], "name": "x"}
@@ -42,6 +43,13 @@ def test_settings_survive_toml():
     settings = parse(Outer, GOOD, where="f")
     assert settings.rate == 2.0 and settings.many[1].kind == "b"
     assert parse(Outer, tomllib.loads(to_toml(as_dict(settings))), where="again") == settings
+
+
+@pytest.mark.parametrize("given", [{"own": {"size": 3}}, {"own": {}}, {}])
+def test_a_table_given_in_part_keeps_the_rest_of_what_its_place_has_as_default(given):
+    settings = parse(Outer, {"inner": {"size": 1}, **given}, where="f")
+    assert settings.own == Inner(given.get("own", {}).get("size", 7), "b")
+    assert settings.inner.kind == "a"
 
 
 @pytest.mark.parametrize(
