@@ -4,6 +4,8 @@ engine. All that can be wrong with them is found here, before a run folder is ma
 
 from __future__ import annotations
 
+import logging
+import socket
 from typing import Any
 
 import torch
@@ -23,12 +25,17 @@ from earlybert.progress import EarlyBird, Progress
 from earlybert.schedule import At
 from earlybert.shards import Corpus, tokenizer_sha256
 
+log = logging.getLogger(__name__)
+
+_MANY_ADDITIONS = 32
+
 
 class Assembly:
     """The parts of a run. Collective; raises EarlyBertError for what the user can mend."""
 
     def __init__(self, experiment: Experiment, mechanics_values: dict[str, Any]) -> None:
         self.experiment, self.mechanics = experiment, mechanics_values
+        run.check_alike(experiment, mechanics_values)
         self.stage = mechanics.stage_of(mechanics_values)
         self.precision = mechanics.precision_of(mechanics_values)
         if experiment.data.workers:
@@ -36,7 +43,9 @@ class Assembly:
         run.check_cores(precision=self.precision)
         for phase in range(len(experiment.phases)):
             check_config(self.deepspeed_config(phase), where=experiment.deepspeed)
+        self._warn_of_rounding()
         self.corpus = Corpus.open(experiment.data.corpus, verify="size")
+        run.check_same({"the corpus": self.corpus.manifest.content})
         self._check_shards()
         vocabulary = self.corpus.manifest.vocab_size
         check_vocabulary(
@@ -128,9 +137,25 @@ class Assembly:
             clipping=self.experiment.optimizer.clipping,
         )
 
+    def _warn_of_rounding(self) -> None:
+        """Below ZeRO-2 DeepSpeed adds the gradients of micro-batches up in bf16, and a small one is lost in a
+        large sum."""
+        asked = self.mechanics.get("data_types", {}).get("grad_accum_dtype")
+        world_size = dist.world_size()
+        most = max(phase.accumulation(world_size=world_size) for phase in self.experiment.phases)
+        rounded = self.stage < 2 and self.precision == "bf16" and asked != "fp32"
+        if rounded and most >= _MANY_ADDITIONS and dist.rank() == 0:
+            log.warning(
+                f"each rank adds up {most} micro-batches in bf16, rounding every sum to 8 bits; use "
+                "ds_configs/zero2_bf16.json, which adds in fp32, or a larger micro_batch in [[phases]]"
+            )
+
     def _check_shards(self) -> None:
-        """Raise EarlyBertError on every rank where a shard's checksum is off; the ranks share the hashing."""
-        own = self.corpus.flaws(only=slice(dist.rank(), None, dist.world_size()))
+        """Raise EarlyBertError on every rank where a shard's checksum is off. The ranks of a machine share
+        the hashing: each machine may have a copy of its own."""
+        hosts = dist.gather_objects(socket.gethostname())
+        beside = [rank for rank, host in enumerate(hosts) if host == hosts[dist.rank()]]
+        own = self.corpus.flaws(only=slice(beside.index(dist.rank()), None, len(beside)))
         wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
         if wrong:
             raise EarlyBertError("; ".join(wrong))

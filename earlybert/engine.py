@@ -120,8 +120,7 @@ class Engine:
         self.progress = progress
         self.draw_seconds: dict[str, float] = {}
         """Parts of the last draw's pause."""
-        self.grad_norm: float | None = None
-        """Global gradient norm of the last step, before clipping; None before the first one."""
+        self._grad_norm: torch.Tensor | float | None = None
         self._loss_scale = LossScale()
         self._marks = OutputMarks()
         self.adapter = adapter_of(model, searched=bird is not None)
@@ -180,7 +179,7 @@ class Engine:
         if not boundary:
             return
         norm = self.inner.get_global_grad_norm() if norm is None else norm
-        self.grad_norm = None if norm is None else float(norm)
+        self._grad_norm = norm
         self._after_step()
 
     def skip(self) -> None:
@@ -213,6 +212,12 @@ class Engine:
     def ticket(self) -> Ticket | None:
         """The newest ticket."""
         return self.progress.tickets[-1] if self.progress.tickets else None
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step, before clipping; None before the first one. A device is
+        waited for here, not in `step`."""
+        return None if self._grad_norm is None else float(self._grad_norm)
 
     @property
     def learning_rate(self) -> float:

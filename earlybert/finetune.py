@@ -103,11 +103,13 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
 
     Raises EarlyBertError for whatever the user can mend, as early as it can be known.
     """
+    run.check_alike(settings, mechanics_values)
     run.check_cores(precision=mechanics.precision_of(mechanics_values))
     origin = Origin.read(settings.model)
     for recipe in map(settings.of, settings.tasks):
         origin.check(recipe)
         tasks.check(recipe, data=settings.data)
+    run.check_same({"the model": origin.fingerprint})
     claim = run.claim(settings, corpus=origin.fingerprint, where=where, origin=("model", settings.model))
     watch = Watch(claim.folder, seconds=settings.hang_seconds)
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from earlybert.loader import MicroBatch
 _LEAST_SPREAD = 0.01
 """Of the mean: a plateau's standard deviation may be next to nothing."""
 _NAMED = 5
+_LOOKED_INTO = 4
+"""Micro-batches of a bad step whose samples are tried one by one."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,24 @@ def suspects(
     first: int,
     micro_batches: int,
     worst: float,
+    mark: Callable[[str], None] = lambda what: None,
 ) -> str:
     """Which samples of a step are bad by themselves, in words. Collective.
 
     `batches`: this rank's micro-batches; `first`: position of the step's first sample since the start of the
-    run; `worst`: a finite own loss above this is bad too. Each sample goes through the model alone, without
-    dropout.
+    run; `worst`: a finite own loss above this is bad too; `mark` is told where the search stands. Whole
+    micro-batches go first; of those that are bad, or of the worst one, each sample goes through the model
+    alone, without dropout.
     """
     own: list[tuple[int, float]] = []
     training = engine.module.training
     engine.eval()
     with torch.no_grad():
-        for micro, batch in enumerate(batches):
-            number = micro * dist.world_size() + dist.rank()
+        for micro in _suspected(engine, batches, worst=worst, mark=mark):
+            batch, number = batches[micro], micro * dist.world_size() + dist.rank()
             rows = len(batch["input_ids"])
             for row in range(rows):
+                mark(f"a bad step, sample {row + 1} of {rows} of micro-batch {micro + 1} alone")
                 alone = {key: value[row : row + 1].to(engine.device) for key, value in batch.items()}
                 loss = float(engine(**alone).loss)
                 if number < micro_batches:
@@ -100,7 +105,7 @@ def suspects(
     if not bad:
         return "no sample of the step is bad by itself"
     if len(bad) == len(everyone):
-        return f"all {len(bad)} samples of the step are bad by themselves: it is the weights, not the data"
+        return f"all {len(bad)} samples that were tried alone are bad: it is the weights, not the data"
     ids, epochs = samples.ids(np.array([place for place, _ in bad]))
     named = [
         f"sample {sample} of epoch {epoch} (documents {', '.join(map(str, samples.documents_of(sample)))}), "
@@ -110,6 +115,25 @@ def suspects(
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     where = f"at sequence length {samples.sequence_length}"
     return f"bad by themselves {where}: {'; '.join(named[:_NAMED])}{more}"
+
+
+def _suspected(
+    engine: Any, batches: Sequence[MicroBatch], *, worst: float, mark: Callable[[str], None]
+) -> list[int]:
+    """Which micro-batches are looked into, the same on all ranks: at ZeRO-3 each forward pass is all ranks'.
+    Collective."""
+    own = []
+    for micro, batch in enumerate(batches):
+        mark(f"a bad step, micro-batch {micro + 1} of {len(batches)} again")
+        whole = {key: value.to(engine.device) for key, value in batch.items()}
+        own.append(float(engine(**whole).loss))
+    most = [max(losses, key=_badness) for losses in zip(*dist.gather_objects(own), strict=True)]
+    bad = [micro for micro, loss in enumerate(most) if not math.isfinite(loss) or loss > worst]
+    return bad[:_LOOKED_INTO] or [max(range(len(most)), key=lambda micro: _badness(most[micro]))]
+
+
+def _badness(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def plain_norm(inner: Any) -> float | None:

@@ -71,27 +71,40 @@ def start_ranks() -> None:
 def _ranks_of_slurm() -> dict[str, str]:
     """What a launcher would set, from the variables that srun gives every task of a step."""
     task = os.environ
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", task["SLURM_STEP_NODELIST"]],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    # Where Slurm binds a GPU to each task (--gpus-per-task), a task sees no other, and its own as the first.
+    alone = torch.cuda.is_available() and torch.cuda.device_count() == 1
     job, step = int(task["SLURM_JOB_ID"]), int(task["SLURM_STEP_ID"])
     return {
         "RANK": task["SLURM_PROCID"],
-        "LOCAL_RANK": task["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if alone else task["SLURM_LOCALID"],
         "WORLD_SIZE": task["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": nodes.stdout.split()[0],
+        "MASTER_ADDR": task.get("MASTER_ADDR") or _first_host(task["SLURM_STEP_NODELIST"]),
         # The same on all tasks, and another one for jobs and steps that share a node.
         "MASTER_PORT": task.get("MASTER_PORT", str(20_000 + (job * 7 + step) % 20_000)),
     }
 
 
+def _first_host(nodes: str) -> str:
+    try:
+        told = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise EarlyBertError(
+            f"scontrol does not tell the first of the nodes {nodes} ({error}); set MASTER_ADDR to it"
+        ) from error
+    return told.stdout.split()[0]
+
+
 def end_ranks() -> None:
     """Leave the process group. Without this a gloo thread may still run at exit, which aborts the process.
 
-    Call it on every way out; after an error too, so no rank waits for another here.
+    Call it on every way out. While an error is under way NCCL's group is left to the end of the process: it
+    would wait here for collectives that the other ranks are still in, and the error would not be told.
     """
-    if torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    if sys.exc_info()[0] is None or torch.distributed.get_backend() != "nccl":
         torch.distributed.destroy_process_group()
 
 
@@ -168,23 +181,26 @@ def empty_module(build: Callable[[], torch.nn.Module], *, config: Mapping[str, A
     """
     with torch.random.fork_rng(devices=[]), _parameters_on_meta():
         module = build()
-    sharded, kind = mechanics.stage_of(config) == 3, torch.float32
+    sharded, kind, device = mechanics.stage_of(config) == 3, torch.float32, None
     if sharded:
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mechanics.precision_of(config), kind)
         partition = deepspeed.zero.Init(config_dict_or_path=mechanics.close_traps(config), dtype=kind)
+        device = partition.local_device
     made: dict[int, torch.nn.Parameter] = {}  # tied parameters stay one
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    value = torch.zeros(parameter.shape, dtype=kind)
+                    value = torch.zeros(parameter.shape, dtype=kind, device=device)
                     real = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
                     if sharded:
-                        real.data = real.data.to(partition.local_device)
                         partition._convert_to_deepspeed_param(real)
                         real.partition()  # type: ignore[attr-defined] # DeepSpeed's
                     made[id(parameter)] = real
                 owner._parameters[name] = made[id(parameter)]
+        if sharded:  # DeepSpeed takes a sharded module for one that lies on the device already
+            for name, buffer in owner._buffers.items():
+                owner._buffers[name] = None if buffer is None else buffer.to(device)
     return module
 
 

@@ -92,7 +92,7 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
                     f"set {owner} in {experiment}"
                 )
     refuse_unknown(values, MECHANICS | set(OWNED), where=where)
-    for path, value in _leaves(values, ""):
+    for path, value in leaves(values):
         if isinstance(value, str) and value.lower() == "auto":
             raise SettingsError(f'{where}: {path} = "auto" means nothing without a Trainer; write the value')
     for section in _TABLES & values.keys():
@@ -165,9 +165,12 @@ def complete(
 
 
 def close_traps(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Set what this project needs where the JSON is silent: no process-wide patch of F.linear, no chatter."""
+    """Set what this project needs where the JSON is silent: no process-wide patch of F.linear, no chatter, no
+    timer."""
     full = copy.deepcopy(dict(values))
     full.setdefault("steps_per_print", 10**9)
+    # DeepSpeed's timer of samples a second waits for the device twice a micro-batch, and nobody reads it.
+    full.setdefault("timers", {"throughput": {"enabled": False}})
     # DeepSpeed knows its own optimizers by their exact type; optim.Lamb is tested under every stage here.
     full.setdefault("zero_allow_untested_optimizer", True)
     zero = full.setdefault("zero_optimization", {"stage": 0})
@@ -176,12 +179,13 @@ def close_traps(values: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def _leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
+def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of all that is no table and no list."""
     if isinstance(values, Mapping):
         for key, value in values.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(values, list):
         for index, value in enumerate(values):
-            yield from _leaves(value, f"{path}.{index}")
+            yield from leaves(value, f"{path}.{index}")
     else:
         yield path, values

@@ -18,13 +18,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
 
-from earlybert import dist
+from earlybert import dist, mechanics
 from earlybert.config import EarlyBertError, SettingsError, as_dict, to_toml, write_atomically
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,12 @@ STOPPED = 143
 """Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
 _LOCK = ".lock"
 _STOP = "stop"
+_LOOKS = 10
+"""At a folder that another machine has made."""
+_PLACES = frozenset(
+    {"runs", "deepspeed", "data", "data.corpus", "model", "evaluate.tasks_data", "evaluate.tasks_experiment"}
+)
+"""Settings that are paths, which may differ from machine to machine."""
 
 
 class Claim:
@@ -88,6 +96,26 @@ class Signals:
             signal.signal(number, handler)
 
 
+def check_alike(settings: Any, mechanics_values: Mapping[str, Any]) -> None:
+    """Raise EarlyBertError, on every rank, where ranks were started with different settings: each reads its
+    own files and words. Paths may differ. Collective."""
+    told = dict(mechanics.leaves({**as_dict(settings), "deepspeed.json": dict(mechanics_values)}))
+    check_same({path: value for path, value in told.items() if path not in _PLACES})
+
+
+def check_same(told: Mapping[str, Any]) -> None:
+    """Raise EarlyBertError, on every rank, where a rank has another value than rank 0. Collective."""
+    everyone = dist.gather_objects((socket.gethostname(), dict(told)))
+    _, first = everyone[0]
+    for rank, (host, own) in enumerate(everyone):
+        for name in (*first, *own):
+            if own.get(name) != first.get(name):
+                raise EarlyBertError(
+                    f"rank {rank} on {host} has {name} = {own.get(name)!r}, rank 0 has {first.get(name)!r}; "
+                    "start all ranks with the same experiment, words, DeepSpeed JSON and data"
+                )
+
+
 def claim(
     experiment: Described, *, corpus: str, where: str, origin: tuple[str, str] = ("corpus", "this one")
 ) -> Claim:
@@ -95,17 +123,23 @@ def claim(
 
     `corpus`: hash of what is trained on, or of the model that is tuned, which `origin` names for messages
     (its kind and its place); `where`: the experiment file's name. Raises EarlyBertError on every rank where
-    the folder holds another experiment, another corpus or something that is not a run, or where another
-    process writes it. Nothing in it is changed: `describe` does that.
+    the folder holds another experiment, another corpus or something that is not a run, where another process
+    writes it, or where a rank does not see it. Nothing in it is changed: `describe` does that.
     """
     lock: IO[str] | None = None
     problem: str | None = None
+    holder = _holder()
     if dist.rank() == 0:
         problem = _problem(experiment, corpus=corpus, where=where, origin=origin)
         if problem is None:
-            lock, problem = _lock(experiment.folder)
-    problem = dist.from_rank_0(problem)
+            lock, problem = _lock(experiment.folder, holder)
+    problem, holder = dist.from_rank_0((problem, holder))
+    if problem is None:
+        blind = None if dist.rank() == 0 else _blind(experiment.folder, holder)
+        problem = next((told for told in dist.gather_objects(blind) if told is not None), None)
     if problem is not None:
+        if lock is not None:
+            lock.close()
         raise EarlyBertError(problem)
     return Claim(experiment.folder, lock)
 
@@ -141,6 +175,10 @@ def check_cores(*, precision: str) -> None:
     own = (socket.gethostname(), os.sched_getaffinity(0))
     ranks = dist.gather_objects(own)
     if torch.cuda.is_available():
+        # An optimizer that is offloaded runs here, on all cores for every rank if nobody says otherwise.
+        if "OMP_NUM_THREADS" not in os.environ:
+            here = sum(host == own[0] for host, _ in ranks)
+            torch.set_num_threads(max(1, len(own[1]) // here))
         return
     torch.set_num_threads(threads([cores for host, cores in ranks if host == own[0]], own[1]))
     if precision == "bf16" and fast_precision() != "bf16" and dist.rank() == 0:
@@ -167,8 +205,27 @@ def threads(bound: Sequence[set[int]], own: set[int]) -> int:
     return max(1, len(own) // sum(bool(own & cores) for cores in bound))
 
 
-def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
-    """The open lock of a folder, or why it cannot be had."""
+def _holder() -> str:
+    """This process, as others find it in the lock."""
+    return f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S.%f}"
+
+
+def _blind(folder: Path, holder: str) -> str | None:
+    """Why this rank cannot use the folder that rank 0, the `holder`, has locked; None where it sees it."""
+    for attempt in range(_LOOKS):
+        if attempt:
+            time.sleep(0.5)  # what was made elsewhere just now may take a shared folder a moment
+        with contextlib.suppress(OSError):
+            if (folder / _LOCK).read_text(encoding="utf-8") == holder:
+                return None
+    return (
+        f"rank {dist.rank()} on {socket.gethostname()} does not see the run folder {folder.resolve()} that "
+        f"{holder} has; checkpoints need one folder for all machines: set runs= to a shared one"
+    )
+
+
+def _lock(folder: Path, holder: str) -> tuple[IO[str] | None, str | None]:
+    """The open lock of a folder, with the `holder` written into it, or why it cannot be had."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the lock is held
     try:
@@ -176,11 +233,11 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str | None]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        holder = file.read().strip() or "another process"
+        other = file.read().strip() or "another process"
         file.close()
-        return None, f"{folder} is being written by {holder}; stop that run first, or choose another name="
+        return None, f"{folder} is being written by {other}; stop that run first, or choose another name="
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.write(holder)
     file.flush()
     return file, None
 

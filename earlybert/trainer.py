@@ -278,6 +278,7 @@ class _Trainer:
                 first=self._first_sample(at),
                 micro_batches=at.settings.micro_batches,
                 worst=loss if math.isfinite(loss) else math.inf,
+                mark=self.watch.mark,
             )
             if settings.action == "skip":
                 engine.skip()

@@ -8,6 +8,7 @@ from itertools import chain
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch._subclasses import FakeTensor
 
 import ranks
@@ -162,6 +163,25 @@ def plain_and_compiled(stage):
         engine.close()
         results.append(losses)
     return results
+
+
+def waits(stage, precision):
+    """How often a step, from the fourth on, asks the device to have done everything."""
+    engine, device = tiny.engine(stage, precision, None), get_accelerator()
+    tiny.train(engine, range(4))
+    asked, real = [], type(device).synchronize
+    type(device).synchronize = lambda self, *given: asked.append(given)
+    try:
+        tiny.train(engine, range(4, 6))
+    finally:
+        type(device).synchronize = real
+    engine.close()
+    return len(asked)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_does_not_wait_for_the_device_to_be_idle(stage):
+    assert ranks.run("test_engine:waits", ranks=2, stage=stage, precision="bf16") == [0, 0]
 
 
 def two_draws(stage, precision, start):

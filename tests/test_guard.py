@@ -1,6 +1,7 @@
 """What counts as a bad number, and what the engine does with a gradient that is not finite."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import ranks
 import tiny
 from earlybert import dist, state
 from earlybert.config import SettingsError
-from earlybert.guard import GuardSettings, judge
+from earlybert.guard import GuardSettings, judge, suspects
 
 SETTINGS = GuardSettings(window=10, spike=6)
 
@@ -38,6 +39,52 @@ def test_a_plateau_has_a_least_spread():
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(SettingsError):
         GuardSettings(**changes)
+
+
+class Fake:
+    """An engine whose loss is the mean of what its rows say, and samples that are their own documents."""
+
+    device, module, sequence_length = "cpu", SimpleNamespace(training=True), 12
+
+    def __init__(self):
+        self.passes = 0
+
+    def __call__(self, input_ids):
+        self.passes += 1
+        return SimpleNamespace(loss=input_ids.double().mean())
+
+    def eval(self):
+        pass
+
+    def train(self, _training):
+        pass
+
+    def ids(self, places):
+        return places, 0 * places
+
+    def documents_of(self, sample):
+        return [sample]
+
+
+@pytest.mark.parametrize(
+    ("values", "worst", "says", "passes"),
+    [
+        (
+            {13: math.nan},
+            math.inf,
+            "at sequence length 12: sample 13 of epoch 0 (documents 13), loss nan",
+            12,
+        ),
+        ({13: 90.0}, 4.0, "sample 13 of epoch 0 (documents 13), loss 90.000", 12),
+        ({}, 4.0, "no sample of the step is bad by itself", 12),
+        ({n: math.inf for n in range(32)}, math.inf, "all 16 samples that were tried alone are bad", 24),
+    ],
+)
+def test_only_micro_batches_that_are_bad_are_looked_into(values, worst, says, passes):
+    losses = torch.tensor([[values.get(n, 1.0)] for n in range(32)])
+    batches, engine, marks = [{"input_ids": part} for part in losses.split(4)], Fake(), []
+    told = suspects(engine, batches, engine, first=0, micro_batches=8, worst=worst, mark=marks.append)
+    assert says in told and engine.passes == passes == len(marks), told
 
 
 def masters(engine):

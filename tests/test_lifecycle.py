@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import ranks
 from earlybert import dist, lifecycle
@@ -56,6 +57,60 @@ def test_each_rank_takes_its_own_device_before_the_first_collective(monkeypatch)
     monkeypatch.setattr(lifecycle.deepspeed, "init_distributed", lambda **_: done.append("group"))
     lifecycle.start_ranks()
     assert done == [("device", 1), "group"]
+
+
+@pytest.mark.parametrize(("gpus", "local"), [(1, "0"), (4, "1")])
+def test_a_task_of_slurm_that_sees_one_gpu_alone_takes_it(monkeypatch, gpus, local):
+    told = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "JOB_ID": "3", "STEP_ID": "0",
+            "STEP_NODELIST": "no-such-node-[1-2"}  # fmt: skip
+    for name, value in told.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(lifecycle.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lifecycle.torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(EarlyBertError, match="scontrol does not tell .* set MASTER_ADDR"):
+        lifecycle._ranks_of_slurm()
+    monkeypatch.setenv("MASTER_ADDR", "there")
+    found = lifecycle._ranks_of_slurm()
+    assert (found["RANK"], found["LOCAL_RANK"], found["MASTER_ADDR"]) == ("5", local, "there")
+
+
+@pytest.mark.parametrize(("backend", "left"), [("nccl", []), ("gloo", ["left"])])
+def test_a_rank_that_fails_does_not_wait_in_nccl_for_the_others(monkeypatch, backend, left):
+    done, group = [], lifecycle.torch.distributed
+    monkeypatch.setattr(group, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "get_backend", lambda: backend)
+    monkeypatch.setattr(group, "destroy_process_group", lambda: done.append("left"))
+    with pytest.raises(RuntimeError):
+        try:
+            raise RuntimeError
+        finally:
+            lifecycle.end_ranks()
+    assert done == left
+    lifecycle.end_ranks()
+    assert done == [*left, "left"]
+
+
+def test_under_zero_3_buffers_go_to_the_device_with_the_parameters(monkeypatch):
+    """DeepSpeed moves no module whose parameters are sharded; "meta" stands for a device."""
+
+    class Partition:
+        local_device = torch.device("meta")
+
+        def __init__(self, **_):
+            pass
+
+        def _convert_to_deepspeed_param(self, parameter):
+            parameter.partition = lambda: None
+
+    monkeypatch.setattr(lifecycle.deepspeed.zero, "Init", Partition)
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    values = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    module = lifecycle.empty_module(lambda: transformers.BertModel(config), config=values)
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert {b.device.type for b in module.buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,17 @@
 """The run folder is one run's own; CPU processes share the cores that they are bound to."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlybert import run
-from earlybert.config import SettingsError
+import ranks
+from earlybert import dist, run
+from earlybert.assembly import Assembly
+from earlybert.config import EarlyBertError, SettingsError
+from earlybert.recipes import Finetuning
+from earlybert.schedule import PhaseSettings
 
 
 def test_processes_that_share_cores_share_the_threads_and_bound_ones_have_their_own():
@@ -37,3 +43,68 @@ def test_a_processor_that_emulates_bf16_is_named_with_what_to_use(monkeypatch, c
     run.check_cores(precision=precision)
     assert ("zero2_fp32.json" in caplog.text) is said
     assert run.fast_precision() == ("bf16" if fast else "fp32")
+
+
+def started_unlike(changes, mechanics):
+    settings = Finetuning(
+        **{"name": "a", "model": "m", "deepspeed": "d", "seeds": (1, 2), **(changes if dist.rank() else {})}
+    )
+    try:
+        run.check_alike(settings, {"zero_optimization": {"stage": 1}, **(mechanics if dist.rank() else {})})
+    except EarlyBertError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("changes", "mechanics", "says"),
+    [
+        ({"seeds": (1, 3)}, {}, "has seeds.1 = 3, rank 0 has 2"),
+        (
+            {},
+            {"zero_optimization": {"stage": 2}},
+            "has deepspeed.json.zero_optimization.stage = 2, rank 0 has 1",
+        ),
+        ({}, {"bf16": {"enabled": True}}, "has deepspeed.json.bf16.enabled = True, rank 0 has None"),
+        ({"model": "/other/m", "data": "/other/glue", "runs": "/other/runs"}, {}, None),
+    ],
+)
+def test_ranks_that_were_started_with_other_settings_are_all_told_which(changes, mechanics, says):
+    found = ranks.run("test_run:started_unlike", ranks=2, changes=changes, mechanics=mechanics)
+    assert found[0] == found[1]
+    assert found == [None, None] if says is None else found[0].startswith("rank 1 on ") and says in found[0]
+
+
+def claims(folders):
+    run._LOOKS = 2
+    settings = Finetuning(name="a", model="m", deepspeed="d", runs=folders[dist.rank()])
+    try:
+        claim = run.claim(settings, corpus="c", where="here")
+    except EarlyBertError as error:
+        return str(error)
+    dist.barrier()
+    claim.release()
+    return None
+
+
+def test_a_run_folder_that_a_rank_does_not_see_is_refused_on_all_of_them_and_let_go(tmp_path):
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    found = ranks.run("test_run:claims", ranks=2, folders=[one, other])
+    assert found[0] == found[1] and found[0].startswith("rank 1 on ")
+    assert "does not see the run folder" in found[0] and "runs=" in found[0]
+    assert ranks.run("test_run:claims", ranks=2, folders=[one, one]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "asked", "rows", "warned"),
+    [(1, "bf16", None, 64, True), (1, "bf16", None, 62, False), (2, "bf16", None, 64, False),
+     (1, "fp32", None, 64, False), (1, "bf16", "fp32", 64, False)],
+)  # fmt: skip
+def test_many_additions_in_bf16_are_warned_of(caplog, stage, precision, asked, rows, warned):
+    phases = [PhaseSettings(steps=1, sequence_length=8, batch=rows, micro_batch=2, learning_rate=1e-3)]
+    parts = SimpleNamespace(
+        mechanics={"data_types": {"grad_accum_dtype": asked}}, stage=stage, precision=precision,
+        experiment=SimpleNamespace(phases=phases),
+    )  # fmt: skip
+    Assembly._warn_of_rounding(parts)
+    assert ("32 micro-batches in bf16" in caplog.text) is warned
