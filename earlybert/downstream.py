@@ -1,9 +1,9 @@
-"""EarlyBERT under other heads: none, one label or degree for a text, an answer's bounds in it.
+"""EarlyBERT under other heads: none, a label or degree of a text, labels of its tokens, an answer's bounds.
 
-Names and outputs are those of stock BERT's `BertModel`, `BertForSequenceClassification` and
-`BertForQuestionAnswering`, so their checkpoints load here. The surprise: the first two always have a pooler;
-where the checkpoint has none (it was pretrained on masked tokens alone), it starts fresh. Exports carry a
-copy.
+Names and outputs are those of stock BERT's `BertModel`, `BertForSequenceClassification`,
+`BertForTokenClassification` and `BertForQuestionAnswering`, so their checkpoints load here. The surprise:
+the first two always have a pooler; where the checkpoint has none (it was pretrained on masked tokens alone),
+it starts fresh. Exports carry a copy.
 
 B sequences, T tokens, C labels.
 """
@@ -17,16 +17,18 @@ from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
-from .arithmetic import Dropout
+from .arithmetic import IGNORED, Dropout
 from .configuration import EarlyBertConfig
 from .encoder import Body
 from .model import Asked, EarlyBertPreTrainedModel
@@ -102,6 +104,40 @@ class EarlyBertForSequenceClassification(EarlyBertPreTrainedModel):
         return functional.cross_entropy(logits_BC, labels.flatten())
 
 
+class EarlyBertForTokenClassification(EarlyBertPreTrainedModel):
+    """A label of `config.num_labels` for each token."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^qa_outputs\.", r"pooler"]  # noqa: RUF012
+
+    def __init__(self, config: EarlyBertConfig) -> None:
+        super().__init__(config)
+        self.bert = Body(config, pooled=False)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        assert config.num_labels is not None
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **asked: Unpack[Asked],
+    ) -> TokenClassifierOutput:
+        """Logits [B, T, C] in fp32; with `labels` [B, T] the mean cross-entropy of those that are not
+        -100."""
+        batch = (input_ids, attention_mask, token_type_ids, position_ids)
+        x_BTD, _, states = self.bert(*batch, **asked)
+        logits_BTC = self.classifier(self.dropout(x_BTD)).float()
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits_BTC.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        return TokenClassifierOutput(loss=loss, logits=logits_BTC, hidden_states=states)
+
+
 class EarlyBertForQuestionAnswering(EarlyBertPreTrainedModel):
     """Where an answer begins and ends; the first token, [CLS], stands for none."""
 
@@ -150,4 +186,5 @@ if not __name__.startswith("transformers_modules."):  # an export's copy must no
     AutoModelForSequenceClassification.register(
         EarlyBertConfig, EarlyBertForSequenceClassification, exist_ok=True
     )
+    AutoModelForTokenClassification.register(EarlyBertConfig, EarlyBertForTokenClassification, exist_ok=True)
     AutoModelForQuestionAnswering.register(EarlyBertConfig, EarlyBertForQuestionAnswering, exist_ok=True)

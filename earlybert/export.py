@@ -46,6 +46,7 @@ CODE = {
     "AutoModelForPreTraining": EarlyBertForPreTraining,
     "AutoModelForQuestionAnswering": downstream.EarlyBertForQuestionAnswering,
     "AutoModelForSequenceClassification": downstream.EarlyBertForSequenceClassification,
+    "AutoModelForTokenClassification": downstream.EarlyBertForTokenClassification,
 }
 """What transformers' Auto classes find in a compact export."""
 MARK = "earlybert_export.json"

@@ -15,6 +15,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 
 from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks, tuned
 from earlybert.account import parameter_count
-from earlybert.config import EarlyBertError, write_atomically
+from earlybert.config import EarlyBertError, read_json, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering
 from earlybert.engine import Engine, initialize
 from earlybert.lifecycle import check_config, empty_module
@@ -104,7 +105,8 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     Raises EarlyBertError for whatever the user can mend, as early as it can be known.
     """
     run.check_alike(settings, mechanics_values)
-    run.check_cores(precision=mechanics.precision_of(mechanics_values))
+    precision = mechanics.precision_of(mechanics_values)
+    run.check_cores(precision=precision)
     origin = Origin.read(settings.model)
     for recipe in map(settings.of, settings.tasks):
         origin.check(recipe)
@@ -121,12 +123,13 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
                 recipe = settings.of(name)
                 folders = {seed: claim.folder / name / f"seed-{seed}" for seed in settings.seeds}
                 done = dist.from_rank_0({seed for seed, f in folders.items() if (f / "result.json").exists()})
+                _tell_done(name, {seed: folders[seed] for seed in sorted(done)}, kept=settings.keep_models)
                 if done == folders.keys():
                     continue
                 watch.mark(f"reading {name}")
                 task = tasks.load(recipe, data=settings.data, tokenizer=origin.tokenizer)
                 for seed in sorted(done):
-                    tuned.check_rows(folders[seed], task, data=settings.data)
+                    tuned.check_done(folders[seed], task, data=settings.data, precision=precision)
                 for seed, folder in folders.items():
                     if seed in done:
                         continue
@@ -142,6 +145,15 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     finally:
         claim.release()
     return True
+
+
+def _tell_done(task: str, folders: Mapping[int, Path], *, kept: bool) -> None:
+    """Say which seeds are not tuned again, on rank 0; `kept`: their models are asked for."""
+    for seed, folder in folders.items() if dist.rank() == 0 else ():
+        lost = kept and not (folder / "model").is_dir()
+        again = f"; its model was not kept: remove {folder} to tune it again" if lost else ""
+        score = read_json(folder / "result.json")["score"]
+        print(f"{task}, seed {seed}: done before, {score:.2f}{again}", flush=True)
 
 
 class _Tuning:
@@ -377,6 +389,9 @@ class _Tuning:
             "ticket": self.ticket.kind if ticket is not None else None,
             "recipe": asdict(self.recipe),
             "rows": self.task.train.sha256,
+            "judged": self.task.judged,
+            "origin": self.origin.fingerprint,
+            "device": run.device(),
             "model": self.settings.model,
             "pretraining": self.origin.facts,
             "ranks": dist.world_size(),

@@ -80,7 +80,20 @@ TASKS = {
         Task("wnli", "WNLI", _PAIR, _PAIR, "label", ("not_entailment", "entailment"), ("accuracy",)),
     )
 }  # fmt: skip
-_LEADERBOARD = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}
+DIAGNOSTIC = Task(
+    "ax",
+    "diagnostic",
+    _PAIR,
+    ("premise", "hypothesis"),
+    "label",
+    TASKS["mnli"].labels,
+    ("matthews",),
+    spelled=True,
+)
+"""Pairs without labels, the split "diagnostic": the leaderboard wants MNLI's model to answer them."""
+_UNLABELLED = ("test", "diagnostic")
+"""How the names of splits begin whose TSV files have no labels."""
+_LEADERBOARD = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,7 @@ def available(task: Task, source: str, split: str) -> Examples | None:
     for name in (task.folder, task.name):
         path = folder / name / f"{split}.tsv"
         if path.is_file():
-            return _checked(_from_tsv(task, path, labelled="test" not in split), str(path))
+            return _checked(_from_tsv(task, path, labelled=not split.startswith(_UNLABELLED)), str(path))
         patterns = f"{hub_split}-*.parquet", f"{hub_split}.parquet"
         files = [path for pattern in patterns for path in (folder / name).glob(pattern)]
         if files:
@@ -152,7 +165,7 @@ def available(task: Task, source: str, split: str) -> Examples | None:
 
 
 def _hub_split(split: str) -> str:
-    return split.replace("dev", "validation")
+    return "test" if split == "diagnostic" else split.replace("dev", "validation")
 
 
 def score(task: Task, predictions: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
@@ -246,21 +259,22 @@ def _from_tsv(task: Task, path: Path, *, labelled: bool) -> Examples:
         header = []
     wanted = [*task.texts, *([task.label] if labelled else [])]
     places = [_place(header, name, where=f"{path}, row 1") for name in wanted]
-    index = next((header.index(name) for name in ("index", "id") if name in header), None)
+    index = None if labelled else next((header.index(n) for n in ("index", "id") if n in header), None)
+    needed = max([*places, *([] if index is None else [index])]) + 1
     texts, labels, indices, left_out = [], [], [], 0
     for number, row in enumerate(rows):
-        if len(row) <= max(places):
+        if len(row) < needed:
             if task.ragged:
                 left_out += 1
                 continue
             raise EarlyBertError(
-                f"{path}, row {number + first}: {len(row)} fields where {max(places) + 1} are needed "
+                f"{path}, row {number + first}: {len(row)} fields where {needed} are needed "
                 f"({', '.join(header)}); mend or remove the row"
             )
         texts.append(tuple(row[place] for place in places[: len(task.texts)]))
         if labelled:
             labels.append(_label(task, row[places[-1]], where=f"{path}, row {number + first}"))
-        told = row[index] if index is not None and not labelled else str(number)
+        told = row[index] if index is not None else str(number)
         indices.append(int(told) if told.isdigit() else number)
     return Examples(tuple(texts), tuple(labels) if labelled else None, tuple(indices), left_out)
 
@@ -291,7 +305,10 @@ def _from_rows(task: Task, names: Sequence[str], rows: Iterator[dict[str, Any]],
         texts.append(tuple(row[name] for name in task.hub_texts))
         if row["label"] != -1:
             labels.append(_label(task, row["label"], where=f"{where}, row {number + 1}"))
-        indices.append(int(row.get("idx", number)))
+        index = row.get("idx", number)
+        if not isinstance(index, int):
+            raise EarlyBertError(f"{where}, row {number + 1}: idx = {index!r} is not a whole number")
+        indices.append(index)
     if labels and len(labels) < len(texts):
         raise EarlyBertError(
             f"{where}: {len(texts) - len(labels):,} of {len(texts):,} rows have the label -1, which stands "

@@ -28,6 +28,10 @@ from earlybert.recipes import Recipe
 from earlybert.shrink import without_coefficients
 
 _BODY, _POOLER = "bert.", "bert.pooler."
+_NO_SHAPE = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"})
+"""Of a configuration what says where it comes from."""
+_PADDING = 1024
+"""Rows of embeddings that a model may have above its vocabulary, to round it up."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Origin:
             facts,
         )
         largest = max(found.tokenizer.get_vocab().values())
-        if largest >= config.vocab_size:
+        if not config.vocab_size - _PADDING <= largest + 1 <= config.vocab_size:
             raise EarlyBertError(
                 f"{name}: its tokenizer goes up to id {largest}, its embeddings have {config.vocab_size} "
                 "rows: they are of different vocabularies; put the tokenizer there that it was trained with"
@@ -82,8 +86,9 @@ class Origin:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of shape and weights."""
-        told = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        """sha256 of shape and weights, wherever they lie and whatever wrote them."""
+        shape = {name: value for name, value in self.config.to_dict().items() if name not in _NO_SHAPE}
+        told = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
         for key in sorted(self.weights):
             told.update(key.encode())
             told.update(self.weights[key].contiguous().numpy().tobytes())

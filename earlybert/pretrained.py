@@ -24,6 +24,7 @@ from earlybert.config import EarlyBertError
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
     EarlyBertForSequenceClassification,
+    EarlyBertForTokenClassification,
     EarlyBertModel,
 )
 from earlybert.engine import Engine
@@ -75,7 +76,7 @@ def load(folder: str | Path) -> Any:
         ) from error
     kinds = (
         EarlyBertForPreTraining, EarlyBertForMaskedLM, EarlyBertModel, EarlyBertForSequenceClassification,
-        EarlyBertForQuestionAnswering,
+        EarlyBertForTokenClassification, EarlyBertForQuestionAnswering,
     )  # fmt: skip
     own = {kind.__name__: kind for kind in kinds}
     kind = own.get(name) or getattr(transformers, name, None)

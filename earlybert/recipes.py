@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from earlybert import glue, mechanics, squad
+from earlybert import glue, mechanics, squad, squad_files
 from earlybert.config import EarlyBertError, SettingsError, as_dict, override, parse, read_toml
 from earlybert.experiment import OptimizerSettings
 from earlybert.schedule import PhaseSettings
 from earlybert.ticket import TicketSettings
 
-SQUADS = tuple(squad.FILES)
+SQUADS = tuple(squad_files.FILES)
+_SQUADS_OWN = ("stride", "ignore_padding", "n_best", "longest_answer", "null_threshold")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class RecipeSettings:
     ignore_padding: bool | None = None
     """SQuAD only: leave padding out of the loss, where stock BERT has it; on a CPU nothing is computed for
     it then."""
+    n_best: int | None = None
+    """SQuAD only: beginnings and ends of a window that answers are made of, and answers that are written."""
+    longest_answer: int | None = None
+    """SQuAD only: tokens of an answer at most."""
+    null_threshold: float | None = None
+    """SQuAD 2.0 only: a question has no answer where the logit of none exceeds that of the best one by
+    more."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,17 @@ class Recipe:
     sequence_length: int
     stride: int
     ignore_padding: bool
+    n_best: int
+    longest_answer: int
+    null_threshold: float
 
     def __post_init__(self) -> None:
         where = f"the recipe of {self.task}"
         if self.epochs <= 0:
             raise SettingsError(f"{where}: epochs = {self.epochs}: must be positive")
+        for name in ("micro_batch", "n_best", "longest_answer"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SettingsError(f"{where}: {name} = {value}: must be at least 1")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise SettingsError(
                 f"{where}: batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; use "
@@ -82,8 +96,7 @@ class Recipe:
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides the course of a run: not `micro_batch`, and SQuAD's own for SQuAD alone."""
-        spare = {"micro_batch"} if self.task in SQUADS else {"micro_batch", "stride", "ignore_padding"}
-        return {name: value for name, value in asdict(self).items() if name not in spare}
+        return deciding(self.task, asdict(self))
 
     def curve(self, *, steps: int) -> PhaseSettings:
         """The learning rate over `steps` optimizer steps."""
@@ -96,7 +109,8 @@ class Recipe:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
         "epochs": 3.0, "batch": 32, "micro_batch": None, "learning_rate": 3e-5, "warmup": 0.1,
-        "sequence_length": 128, "stride": 128, "ignore_padding": False,
+        "sequence_length": 128, "stride": 128, "ignore_padding": False, "n_best": 20,
+        "longest_answer": 30, "null_threshold": 0.0,
     },
     # Small sets need more passes than three to leave the majority's answer.
     "cola": {"epochs": 5.0},
@@ -108,6 +122,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "squad2": {"epochs": 2.0, "sequence_length": 384},
 }  # fmt: skip
 """{task, or "" for every task: what it does unless the experiment says otherwise}."""
+
+
+def deciding(task: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe's settings those that decide the course of a run of `task`."""
+    spare = {"micro_batch"} if task in SQUADS else {"micro_batch", *_SQUADS_OWN}
+    return {name: value for name, value in values.items() if name not in spare}
 
 
 def defaults(task: str) -> dict[str, Any]:

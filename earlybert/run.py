@@ -161,12 +161,17 @@ def describe(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "world_size": dist.world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device(),
     }
     # First: a folder without it is not taken for a run.
     write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     write_atomically(folder / "experiment.toml", to_toml(as_dict(experiment)))
     write_atomically(folder / "deepspeed.json", json.dumps(mechanics, indent=2) + "\n")
+
+
+def device() -> str:
+    """What this process computes on, in words."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def check_cores(*, precision: str) -> None:

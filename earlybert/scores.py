@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from earlybert import glue
-from earlybert.config import EarlyBertError
-from earlybert.recipes import SQUADS
+from earlybert.config import EarlyBertError, read_json
+from earlybert.recipes import SQUADS, deciding, defaults
 
 _ORDER = (*glue.TASKS, *SQUADS)
+_ALIKE = {
+    "rows": "training rows", "judged": "rows to judge by", "origin": "model", "precision": "precision",
+    "recipe": "recipe",
+}  # fmt: skip
+"""{what seeds of a task must have in common for a mean over them: in words}."""
+_MACHINE = ("ranks", "precision", "device")
+"""What times must have in common to be compared."""
+_PLACED = {"dev_matched": "-m", "dev_mismatched": "-mm"}
+"""Splits of a task that has several, behind its title."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +46,98 @@ class Run:
         """Of each seed, in percent."""
         return [found["score"] for (own, _), found in sorted(self.results.items()) if own == task]
 
+    def metrics(self, task: str) -> dict[tuple[str, str], list[float]]:
+        """{(split, metric): of each seed, in percent}, without the mean over them."""
+        told: dict[tuple[str, str], list[float]] = {}
+        for (own, _), found in sorted(self.results.items()):
+            for split, values in found["scores"].items() if own == task else ():
+                for name, value in values.items():
+                    if name != "score" and "threshold" not in name:
+                        told.setdefault((split, name), []).append(value)
+        return told
+
     def seconds(self, keys: Sequence[tuple[str, int]]) -> float:
         """Training time of some tasks and seeds."""
         return sum(sum(self.results[key]["seconds"].values()) for key in keys)
 
     def share(self, first: Run) -> float | None:
-        """Training time over that of another run; None where they have nothing in common."""
+        """Training time over that of another run; None where they have nothing in common, or were not
+        trained by as many processes on the same device in the same precision."""
         common = [key for key in self.results if key in first.results]
+        for key in common:
+            own, other = self.results[key], first.results[key]
+            if any(own.get(name) != other.get(name) for name in _MACHINE):
+                return None
         return self.seconds(common) / first.seconds(common) if common else None
 
 
 def collect(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders; raises EarlyBertError for one without a result."""
+    """Read run folders; raises EarlyBertError for one without a result, for one that holds several runs, and
+    where seeds of a task are not alike."""
     runs = []
     for folder in folders:
-        found = {}
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        places: dict[tuple[str, int], Path] = {}
         for path in sorted(folder.glob("**/seed-*/result.json")):
-            told = json.loads(path.read_text(encoding="utf-8"))
-            found[told["task"], told["seed"]] = told
+            told = _read(path)
+            key = told["task"], told["seed"]
+            if key in found:
+                raise EarlyBertError(
+                    f"{folder} holds several runs: {places[key]} and {path.parent} are the same task and "
+                    "seed; give each run's own folder"
+                )
+            found[key], places[key] = told, path.parent
         if not found:
             raise EarlyBertError(f"{folder}: no task is done there; give run folders of scripts/finetune.py")
+        _check_alike(found, places)
         runs.append(Run(folder.resolve().name, found))
     return runs
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Markdown: mean score of each task with the standard deviation over seeds, their mean, and the time."""
+def _read(path: Path) -> dict[str, Any]:
+    told = read_json(path)
+    if told.get("task") not in _ORDER or not {"seed", "score", "scores", "seconds"} <= told.keys():
+        raise EarlyBertError(
+            f"{path} is no result of scripts/finetune.py; remove its folder and tune it again"
+        )
+    return told
+
+
+def _check_alike(found: dict[tuple[str, int], dict[str, Any]], places: dict[tuple[str, int], Path]) -> None:
+    """Raise EarlyBertError where two seeds of a task say of themselves that they are of different things."""
+    first: dict[tuple[str, str], tuple[str, Path]] = {}
+    for (task, seed), told in found.items():
+        for name, words in _ALIKE.items():
+            if told.get(name) is None:
+                continue  # an older program said less
+            # A setting that an older program did not know was at what is its default now.
+            own = deciding(task, {**defaults(task), **told[name]}) if name == "recipe" else told[name]
+            value = json.dumps(own, sort_keys=True)
+            before, place = first.setdefault((task, name), (value, places[task, seed]))
+            if before != value:
+                raise EarlyBertError(
+                    f"{place} and {places[task, seed]} do not have the same {words}: a mean over both says "
+                    "nothing; remove one and tune it again"
+                )
+
+
+def table(runs: Sequence[Run], *, each_metric: bool = False) -> str:
+    """Markdown: mean score of each task with the standard deviation over seeds, their mean, and the time.
+
+    `each_metric`: a column for each metric of each task, where otherwise a task has its score, their mean.
+    """
     tasks = sorted({task for run in runs for task in run.tasks}, key=_ORDER.index)
+    columns = [column for task in tasks for column in (_columns(runs, task) if each_metric else [(task,)])]
     lines = [
-        f"| run | {' | '.join(map(_title, tasks))} | mean | parameters | training time | of the first's |",
-        f"|---|{'---|' * len(tasks)}---|---|---|---|",
+        f"| run | {' | '.join(_heading(*column) for column in columns)} | mean | parameters | training time "
+        "| of the first's |",
+        f"|---|{'---|' * len(columns)}---|---|---|---|",
     ]
     for run in runs:
-        cells = [_cell(run.scores(task)) for task in tasks]
+        cells = [
+            _cell(run.metrics(task).get((split[0], split[1]), []) if split else run.scores(task))
+            for task, *split in columns
+        ]
         means = [statistics.fmean(run.scores(task)) for task in tasks if run.scores(task)]
         mean = f"{statistics.fmean(means):.2f}" if len(means) == len(tasks) else ""
         parameters = max(found["parameters"] for found in run.results.values())
@@ -79,6 +147,16 @@ def table(runs: Sequence[Run]) -> str:
             f"{'' if share is None else f'{share:.2f}'} |"
         )
     return "\n".join(lines)
+
+
+def _columns(runs: Sequence[Run], task: str) -> list[tuple[str, ...]]:
+    """(task, split, metric) of all that the runs have of a task, in their order."""
+    found = {column: None for run in runs for column in run.metrics(task)}
+    return [(task, *column) for column in found]
+
+
+def _heading(task: str, split: str = "", metric: str = "") -> str:
+    return f"{_title(task)}{_PLACED.get(split, '')} {metric}".strip()
 
 
 def picture(runs: Sequence[Run], to: Path) -> None:
@@ -100,7 +178,10 @@ def picture(runs: Sequence[Run], to: Path) -> None:
     axes.set_xticks(range(len(tasks)), [_title(task) for task in tasks])
     axes.set_ylabel("score, %")
     axes.legend(fontsize="small")
-    figure.savefig(to, dpi=120)
+    try:
+        figure.savefig(to, dpi=120)
+    except (OSError, ValueError) as error:
+        raise EarlyBertError(f"{to}: the picture cannot be written ({error})") from error
 
 
 def _cell(scores: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""SQuAD 1.1 and 2.0: questions, windows of their contexts, answers from logits, and the official scores.
+"""SQuAD 1.1 and 2.0: windows of contexts, answers from logits, and the official scores.
 
 A context longer than the model becomes several windows that overlap. The surprise: answers are cut out of the
 context's own text by the tokenizer's offsets, so nothing has to be put together from word pieces again.
@@ -8,45 +8,25 @@ W windows, T tokens.
 
 from __future__ import annotations
 
-import bz2
 import collections
-import gzip
 import itertools
-import json
-import lzma
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from earlybert.config import EarlyBertError
+from earlybert.squad_files import Question
 
-FILES = {"squad": ("train-v1.1", "dev-v1.1"), "squad2": ("train-v2.0", "dev-v2.0")}
-"""{task: names of its files}."""
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _QUESTION_TOKENS = 64
 """A longer question loses its end, as in BERT's own code."""
 _AT_A_TIME = 1000
 """Questions given to the tokenizer: what it says takes 20 times the memory of what is kept."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, the text it is asked about, and the answers that count as right."""
-
-    id: str
-    text: str
-    context: str
-    answers: tuple[str, ...]
-    """As they stand in the context; none for a question that has no answer."""
-    starts: tuple[int, ...]
-    """Characters of the context before each answer."""
 
 
 @dataclass(frozen=True)
@@ -96,22 +76,6 @@ class Answered:
         if self.null_odds is not None and self.null_odds > threshold:
             return ""
         return next((candidate.text for candidate in self.candidates if candidate.text), "")
-
-
-def read(path: str | Path) -> tuple[Question, ...]:
-    """Read a file in SQuAD's own JSON (.json, .json.xz, .gz or .bz2) or the hub's parquet.
-
-    Raises EarlyBertError naming file and question for what is missing, and for an answer that does not stand
-    in its context where the file says.
-    """
-    path = Path(path)
-    found = tuple(_from_parquet(path) if path.suffix == ".parquet" else _from_json(path))
-    if not found:
-        raise EarlyBertError(f"{path}: the file has no questions; give the whole file")
-    ids = collections.Counter(question.id for question in found)
-    if (twice := ids.most_common(1)[0])[1] > 1:
-        raise EarlyBertError(f"{path}: {twice[1]} questions have the id {twice[0]!r}; give each its own")
-    return found
 
 
 def check_room(*, length: int, stride: int) -> None:
@@ -214,13 +178,13 @@ def evaluate(questions: Sequence[Question], predictions: Mapping[str, str]) -> d
     Where some questions have no answer, also those of each kind. Raises EarlyBertError for a question
     without a prediction.
     """
-    exact, overlap = {}, {}
+    same, overlap = {}, {}
     for question in questions:
         if question.id not in predictions:
             raise EarlyBertError(f"question {question.id}: no answer was given; give one to each, or ''")
         told = predictions[question.id]
         right = [answer for answer in question.answers if normalized(answer)] or [""]
-        exact[question.id] = max(float(normalized(told) == normalized(answer)) for answer in right)
+        same[question.id] = max(exact(told, answer) for answer in right)
         overlap[question.id] = max(f1(told, answer) for answer in right)
     kinds = {"": [question.id for question in questions]}
     if any(not question.answers for question in questions):
@@ -229,20 +193,22 @@ def evaluate(questions: Sequence[Question], predictions: Mapping[str, str]) -> d
     return {
         f"{kind}{name}": 100.0 * sum(values[id] for id in ids) / len(ids)
         for kind, ids in kinds.items()
-        for name, values in (("exact", exact), ("f1", overlap))
+        for name, values in (("exact", same), ("f1", overlap))
         if ids
     }
 
 
-def best_threshold(questions: Sequence[Question], answered: Sequence[Answered]) -> tuple[float, float]:
-    """(threshold of the null odds with the best F1, that F1 in percent), as SQuAD 2.0's own script finds
-    it."""
+def best_threshold(
+    questions: Sequence[Question], answered: Sequence[Answered], measure: Callable[[str, str], float]
+) -> tuple[float, float]:
+    """(threshold of the null odds with the best score, that score in percent), as SQuAD 2.0's own script
+    finds it. `measure`: `f1` or `exact`."""
     total, gains = 0.0, []
     for question, told in zip(questions, answered, strict=True):
         assert told.null_odds is not None
         text = told.best(threshold=float("inf"))
         if question.answers:
-            gain = max(f1(text, answer) for answer in question.answers)
+            gain = max(measure(text, answer) for answer in question.answers)
         else:
             total += 1  # right as long as the threshold is below the odds
             gain = -float(bool(text))
@@ -254,6 +220,11 @@ def best_threshold(questions: Sequence[Question], answered: Sequence[Answered]) 
         if total > best and (place == len(gains) or gains[place][0] > odds):
             best, where = total, odds
     return where, 100.0 * best / len(gains)
+
+
+def exact(told: str, right: str) -> float:
+    """1 where two answers are the same but for case, punctuation and articles."""
+    return float(normalized(told) == normalized(right))
 
 
 def normalized(text: str) -> str:
@@ -309,66 +280,11 @@ def _tokens_of(question: Question, offsets: np.ndarray) -> tuple[int, int]:
     """First and last token of the first answer, (0, 0) where the window does not hold all of it."""
     if not question.answers:
         return 0, 0
-    begin = question.starts[0]
-    end = begin + len(question.answers[0])
+    answer = question.answers[0]  # white space around it belongs to no token
+    begin = question.starts[0] + len(answer) - len(answer.lstrip())
+    end = question.starts[0] + len(answer.rstrip())
     inside = np.flatnonzero((offsets[:, 0] >= 0) & (offsets[:, 1] > begin) & (offsets[:, 0] < end))
     if not len(inside):
         return 0, 0
     first, last = int(inside[0]), int(inside[-1])
     return (first, last) if offsets[first, 0] <= begin and offsets[last, 1] >= end else (0, 0)
-
-
-def _from_json(path: Path) -> Iterator[Question]:
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EarlyBertError(f"{path}: {error}; give a JSON file in SQuAD's layout") from error
-    number = 0
-    try:
-        for article in values["data"]:
-            for paragraph in article["paragraphs"]:
-                for told in paragraph["qas"]:
-                    number += 1
-                    given = [] if told.get("is_impossible") else told["answers"]
-                    yield _question(
-                        path, number, id=told["id"], text=told["question"], context=paragraph["context"],
-                        answers=[answer["text"] for answer in given],
-                        starts=[answer["answer_start"] for answer in given],
-                    )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        missing = error.args[0] if isinstance(error, KeyError) else error
-        raise EarlyBertError(
-            f"{path}, question {number}: {missing!r} is missing or of the wrong type; SQuAD's layout is "
-            "data > paragraphs > context, qas > id, question, answers > text, answer_start"
-        ) from error
-
-
-def _from_parquet(path: Path) -> Iterator[Question]:
-    import pyarrow.parquet
-
-    columns = ["id", "question", "context", "answers"]
-    try:
-        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise EarlyBertError(f"{path}: {error}; the columns {', '.join(columns)} are needed") from error
-    for number, row in enumerate(rows, start=1):
-        told = row["answers"]
-        yield _question(
-            path, number, id=row["id"], text=row["question"], context=row["context"],
-            answers=told["text"], starts=told["answer_start"],
-        )  # fmt: skip
-
-
-def _question(
-    path: Path, number: int, *, id: str, text: str, context: str, answers: list[str], starts: list[int]
-) -> Question:
-    for answer, start in zip(answers, starts, strict=True):
-        if not answer or context[start : start + len(answer)] != answer:
-            near = context.find(answer) if answer else -1
-            remedy = f"it stands at {near}" if near >= 0 else "nor does it anywhere"
-            raise EarlyBertError(
-                f"{path}, question {number} ({id}): the answer {answer!r} does not stand at character "
-                f"{start} of its context; {remedy}; mend or remove the question"
-            )
-    return Question(str(id), text, context, tuple(answers), tuple(starts))

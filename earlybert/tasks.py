@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from earlybert import glue, squad
+from earlybert import glue, squad, squad_files
 from earlybert.config import EarlyBertError, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering, EarlyBertForSequenceClassification
 from earlybert.recipes import Recipe
@@ -85,6 +85,14 @@ class Task:
     answers: dict[str, Rows]
     """{split without labels: rows}, whose answers are written."""
 
+    @property
+    def judged(self) -> str:
+        """sha256 of what the scores come from: the rows of all evaluations and what is right."""
+        told = hashlib.sha256()
+        for split in sorted(self.evaluations):
+            told.update(f"{split} {self.evaluations[split].sha256}".encode())
+        return told.hexdigest()
+
     def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
         """What a forward pass says, one entry a row, without padding."""
         raise NotImplementedError
@@ -97,15 +105,15 @@ class Task:
 
 def load(recipe: Recipe, *, data: str, tokenizer: Any) -> Task:
     """A task's rows; raises EarlyBertError for files that are missing or wrong."""
-    kind = SquadTask if recipe.task in squad.FILES else GlueTask
+    kind = SquadTask if recipe.task in squad_files.FILES else GlueTask
     return kind(recipe, data=data, tokenizer=tokenizer)
 
 
 def check(recipe: Recipe, *, data: str) -> None:
     """Raise EarlyBertError where a task's files are missing or wrong, before anything is trained."""
-    if recipe.task in squad.FILES:
-        for name in squad.FILES[recipe.task]:
-            squad.read(_squad_file(data, name))
+    if recipe.task in squad_files.FILES:
+        for number in (0, 1):
+            squad_files.load(data, recipe.task, number)
         return
     task = glue.task_of(recipe.task)
     for split in ("train", *task.evaluations):
@@ -149,6 +157,11 @@ class GlueTask(Task):
             if (found := glue.available(self.task, data, split)) is not None:
                 self._examples[split] = found
                 self.answers[split] = self._rows(found)
+        if self.task.name == "mnli":
+            found = glue.available(glue.DIAGNOSTIC, data, "diagnostic")
+            if found is not None:
+                self._examples["diagnostic"] = found
+                self.answers["diagnostic"] = self._rows(found)
 
     def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
         return [(row,) for row in output.logits.float().cpu().numpy()]
@@ -180,25 +193,27 @@ class GlueTask(Task):
         return Rows(ids, squad.arrays(told["token_type_ids"], np.int8), targets)
 
 
-_SUFFIXES = (".json", ".json.xz", ".json.gz", ".json.bz2", ".parquet")
-
-
 class SquadTask(Task):
     """SQuAD 1.1 ("squad") or 2.0 ("squad2"): a question and a text that may hold the answer."""
 
     model_class = EarlyBertForQuestionAnswering
 
     def __init__(self, recipe: Recipe, *, data: str, tokenizer: Any) -> None:
-        self._impossible = recipe.task == "squad2"
+        self._impossible, self._recipe = recipe.task == "squad2", recipe
         self.model_settings = {}
         self.answers = {}
-        train, dev = (squad.read(_squad_file(data, name)) for name in squad.FILES[recipe.task])
+        train, dev = (squad_files.load(data, recipe.task, number) for number in (0, 1))
         cut = {"length": recipe.sequence_length, "stride": recipe.stride}
         windows = squad.windows(train, tokenizer, **cut)
         positions = {"start_positions": windows.starts, "end_positions": windows.ends}
         self.train = Rows(windows.input_ids, windows.token_type_ids, positions)
         self._questions, self._windows = dev, squad.windows(dev, tokenizer, **cut)
         self.evaluations = {"dev": Rows(self._windows.input_ids, self._windows.token_type_ids, {})}
+
+    @property
+    def judged(self) -> str:
+        right = json.dumps([[question.id, question.answers] for question in self._questions])
+        return hashlib.sha256(f"{super().judged} {right}".encode()).hexdigest()
 
     def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
         starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
@@ -207,20 +222,26 @@ class SquadTask(Task):
 
     def judge(self, split: str, logits: Sequence[Logits], *, to: Path | None) -> dict[str, float]:
         starts, ends = [row[0] for row in logits], [row[1] for row in logits]
-        answered = squad.answers(self._questions, self._windows, starts, ends, impossible=self._impossible)
-        told = {q.id: a.best() for q, a in zip(self._questions, answered, strict=True)}
+        answered = squad.answers(
+            self._questions, self._windows, starts, ends, impossible=self._impossible,
+            n_best=self._recipe.n_best, longest=self._recipe.longest_answer,
+        )  # fmt: skip
+        told = dict(zip((question.id for question in self._questions), answered, strict=True))
+        best = {id: own.best(threshold=self._recipe.null_threshold) for id, own in told.items()}
         if to is not None:
-            self._write(dict(zip(told, answered, strict=True)), to)
-        found = squad.evaluate(self._questions, told)
+            self._write(told, best, to)
+        found = squad.evaluate(self._questions, best)
         if self._impossible:
-            found["best threshold"], found["best f1"] = squad.best_threshold(self._questions, answered)
+            for name, measure in (("exact", squad.exact), ("f1", squad.f1)):
+                threshold, most = squad.best_threshold(self._questions, answered, measure)
+                found |= {f"best {name}": most, f"best {name} threshold": threshold}
         return {**found, "score": found["f1"]}
 
-    def _write(self, answered: Mapping[str, squad.Answered], to: Path) -> None:
+    def _write(self, answered: Mapping[str, squad.Answered], best: Mapping[str, str], to: Path) -> None:
         """`predictions.json` and `nbest.json` by question, and with SQuAD 2.0 `null_odds.json`: the files
         that the official scripts read."""
         files: dict[str, Any] = {
-            "predictions": {id: told.best() for id, told in answered.items()},
+            "predictions": dict(best),
             "nbest": {id: [vars(c) for c in told.candidates] for id, told in answered.items()},
         }
         if self._impossible:
@@ -236,13 +257,3 @@ def _labelled(task: glue.Task, data: str, split: str) -> glue.Examples:
             f"{data}: the split {split!r} of {task.name} has no labels; give the file with them"
         )
     return examples
-
-
-def _squad_file(data: str, name: str) -> Path:
-    paths = [Path(data) / f"{name}{suffix}" for suffix in _SUFFIXES]
-    for path in paths:
-        if path.is_file():
-            return path
-    raise EarlyBertError(
-        f"{paths[0]} is not there, nor packed or as parquet; give the folder of SQuAD's files"
-    )

@@ -57,13 +57,19 @@ def check_task(folder: Path, recipe: Recipe) -> None:
             )
 
 
-def check_rows(folder: Path, task: Task, *, data: str) -> None:
-    """Raise EarlyBertError where a finished run was tuned on other rows than those of `task`, from `data`."""
-    if read_json(folder / "result.json").get("rows", task.train.sha256) != task.train.sha256:
-        raise EarlyBertError(
-            f"{folder} was tuned on other rows than those of {data} now; remove the folder to tune it "
-            "again, or choose another name="
-        )
+def check_done(folder: Path, task: Task, *, data: str, precision: str) -> None:
+    """Raise EarlyBertError where a finished seed was tuned or judged on other rows than those of `task`, from
+    `data`, or in another precision."""
+    told = read_json(folder / "result.json")
+    for name, now, words in (
+        ("rows", task.train.sha256, f"was tuned on other rows than those of {data} now"),
+        ("judged", task.judged, f"was judged by other rows than those of {data} now"),
+        ("precision", precision, f"was tuned in {told.get('precision')}, not in {precision}"),
+    ):
+        if told.get(name, now) != now:
+            raise EarlyBertError(
+                f"{folder} {words}; remove the folder to tune it again, or choose another name="
+            )
 
 
 def _recipe(seed: Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Fine-tune on GLUE and SQuAD, each task and seed a run of its own; the same command again goes on.
 
     deepspeed --num_accelerators 2 scripts/finetune.py glue|squad EXPERIMENT.toml [key=value ...]
-    python scripts/finetune.py table RUN... [--to FILE.md] [--picture FILE.png]
+    python scripts/finetune.py table RUN... [--each-metric] [--to FILE.md] [--picture FILE.png]
 
 Experiments are those of scripts/experiments/finetune.
 Overrides are dotted: model=runs/bert_mini recipe.learning_rate=1e-4 'tasks=["rte", "mrpc"]'. Without a
@@ -28,6 +28,7 @@ def main() -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     table = commands.add_parser("table", help="scores of runs side by side")
     table.add_argument("run", nargs="+", type=Path, help="run folders, the baseline first")
+    table.add_argument("--each-metric", action="store_true", help="a column a metric, not a task")
     table.add_argument("--to", type=Path, help="write the table here too")
     table.add_argument("--picture", type=Path, help="draw it here")
     # The launcher adds this one; the rank is taken from the environment.
@@ -35,11 +36,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.command == "table":
         from earlybert import scores
+        from earlybert.config import EarlyBertError
 
         found = scores.collect(arguments.run)
-        print(text := scores.table(found))
+        print(text := scores.table(found, each_metric=arguments.each_metric))
         if arguments.to is not None:
-            arguments.to.write_text(text + "\n", encoding="utf-8")
+            try:
+                arguments.to.write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise EarlyBertError(f"--to {arguments.to}: {error.strerror or error}") from error
         if arguments.picture is not None:
             scores.picture(found, arguments.picture)
         return 0

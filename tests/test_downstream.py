@@ -8,11 +8,13 @@ from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
 )
 
@@ -21,6 +23,7 @@ from earlybert import finetune
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
     EarlyBertForSequenceClassification,
+    EarlyBertForTokenClassification,
     EarlyBertModel,
 )
 from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
@@ -31,6 +34,7 @@ KINDS = [
     (BertForSequenceClassification, EarlyBertForSequenceClassification, {"num_labels": 3}),
     (BertForSequenceClassification, EarlyBertForSequenceClassification, {"num_labels": 1}),
     (BertForQuestionAnswering, EarlyBertForQuestionAnswering, {}),
+    (BertForTokenClassification, EarlyBertForTokenClassification, {"num_labels": 4}),
 ]
 
 
@@ -49,6 +53,9 @@ def batch(kind, labels):
             "start_positions": torch.tensor([3, 0, 1]),
             "end_positions": torch.tensor([15, 0, 2]),
         }
+    if kind is EarlyBertForTokenClassification:
+        told = torch.randint(0, labels, (3, 16), generator=generator).masked_fill(~mask.bool(), -100)
+        return {**values, "labels": told}
     told = torch.tensor([0, 2, 1]) if labels > 1 else torch.tensor([0.5, 5.0, 2.25])
     return {**values, "labels": told}
 
@@ -151,6 +158,7 @@ def test_the_bare_encoder_is_stock_berts_and_opens_what_other_heads_have_saved(t
     ("kind", "auto"),
     [
         (EarlyBertForSequenceClassification, AutoModelForSequenceClassification),
+        (EarlyBertForTokenClassification, AutoModelForTokenClassification),
         (EarlyBertForQuestionAnswering, AutoModelForQuestionAnswering),
     ],
 )

@@ -12,7 +12,7 @@ FLOORS = {
     1: {
         "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "encoder", "ticket",
         "search", "penalty", "optim", "adapters", "targets", "rates", "watch", "initial", "glue", "squad",
-        "downstream",
+        "squad_files", "downstream",
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
@@ -48,7 +48,7 @@ SAME_FLOOR = {
     ("assembly", "probes"), ("probes", "checkpoint"), ("probes", "lifecycle"), ("probes", "monitor"),
     ("probes", "run"),
     ("pretrained", "export"), ("downstream", "model"), ("downstream", "encoder"), ("model", "encoder"),
-    ("tasks", "recipes"), ("scores", "recipes"),
+    ("tasks", "recipes"), ("squad", "squad_files"), ("scores", "recipes"),
     ("recipes", "experiment"),
     ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"),
 }  # fmt: skip

@@ -214,3 +214,33 @@ def test_the_real_files_have_their_official_counts(name, train, dev, ones):
     if ones is not None:
         assert sum(examples.labels) == ones
     assert glue.score(task, np.array(examples.labels), examples.labels)["score"] == pytest.approx(1)
+
+
+def test_the_leaderboards_diagnostic_pairs_are_answered_by_the_model_of_mnli(tmp_path):
+    told = [("All.", "Some.", 5), ("Some.", "All.", 3)]
+    (tmp_path / "glue" / "diagnostic").mkdir(parents=True)
+    lines = ["index\tsentence1\tsentence2", *(f"{index}\t{one}\t{two}" for one, two, index in told)]
+    (tmp_path / "glue" / "diagnostic" / "diagnostic.tsv").write_text("\n".join(lines) + "\n")
+    columns = dict(zip(("premise", "hypothesis", "idx"), map(list, zip(*told, strict=True)), strict=True))
+    (tmp_path / "hub" / "ax").mkdir(parents=True)
+    pa.parquet.write_table(
+        pa.table({**columns, "label": [-1, -1]}), tmp_path / "hub" / "ax" / "test-00000-of-00001.parquet"
+    )
+    for layout in ("glue", "hub"):
+        found = glue.available(glue.DIAGNOSTIC, str(tmp_path / layout), "diagnostic")
+        assert found.labels is None and found.indices == (5, 3) and found.texts[1] == ("Some.", "All.")
+    answers = glue.predicted(glue.TASKS["mnli"], np.array([[3.0, 0.0, 0.0], [0.0, 0.0, 3.0]]))
+    path = glue.write_answers(glue.TASKS["mnli"], "diagnostic", found.indices, answers, tmp_path)
+    assert path.name == "AX.tsv"
+    assert path.read_text() == "index\tprediction\n5\tentailment\n3\tcontradiction\n"
+
+
+def test_a_row_that_breaks_off_before_its_number_and_a_number_that_is_none_are_told(tmp_path):
+    write_tsv(tmp_path, "sst2", header="sentence\tindex", rows=["good\t0", "bad"], split="test")
+    with pytest.raises(EarlyBertError, match="test.tsv, row 3: 1 fields where 2 are needed"):
+        glue.available(glue.TASKS["sst2"], str(tmp_path), "test")
+    (tmp_path / "hub" / "sst2").mkdir(parents=True)
+    rows = pa.table({"sentence": ["a", "b"], "label": [0, 1], "idx": pa.array([0, None])})
+    pa.parquet.write_table(rows, tmp_path / "hub" / "sst2" / "validation.parquet")
+    with pytest.raises(EarlyBertError, match="row 2: idx = None is not a whole number"):
+        glue.read(glue.TASKS["sst2"], str(tmp_path / "hub"), "dev")

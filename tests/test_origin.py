@@ -1,6 +1,7 @@
 """What is fine-tuned: the encoder, whatever it comes from, under a fresh head."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,6 +65,10 @@ def test_a_shrunken_model_keeps_its_shape_and_the_fingerprint_is_that_of_shape_a
     assert model.config.heads_per_layer == [1, 3] and model.config.pre_norm
     assert torch.equal(model.bert.encoder.LayerNorm.weight, small.bert.encoder.LayerNorm.weight)
     assert origin.fingerprint == Origin.read(str(tmp_path)).fingerprint
+    copy = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**values, "transformers_version": "4.0.0"}))
+    assert origin.fingerprint == Origin.read(str(copy)).fingerprint, "wherever it lies, whatever wrote it"
     with torch.no_grad():
         small.bert.encoder.layer[1].output.dense.bias[3] += 1e-6
     small.save_pretrained(tmp_path)
@@ -84,6 +89,9 @@ def test_what_cannot_be_tuned_is_refused_in_words(tmp_path):
     letters.stock_bert(tmp_path / "small", vocab_size=50)
     with pytest.raises(EarlyBertError, match="goes up to id 108, its embeddings have 50 rows"):
         Origin.read(str(tmp_path / "small"))
+    letters.stock_bert(tmp_path / "large", vocab_size=2000)
+    with pytest.raises(EarlyBertError, match="goes up to id 108, its embeddings have 2000 rows"):
+        Origin.read(str(tmp_path / "large"))
     letters.stock_bert(tmp_path / "bare")
     for path in (tmp_path / "bare").glob("tokenizer*"):
         path.unlink()

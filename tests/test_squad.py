@@ -5,6 +5,7 @@ import lzma
 import tracemalloc
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import letters
-from earlybert import squad
+from earlybert import squad, squad_files
 from earlybert.config import EarlyBertError
-from earlybert.squad import Question
+from earlybert.squad_files import Question
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "squad"
 
@@ -181,21 +182,26 @@ def test_the_best_of_several_right_answers_counts_and_kinds_are_told_apart():
         squad.evaluate(asked, {"1": "", "2": ""})
 
 
+@pytest.mark.parametrize("metric", ["f1", "exact"])
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(-5, 5), st.sampled_from(["right", "wrong", "none"])), min_size=1))
-def test_the_best_threshold_is_the_best_of_all(cases):
+@given(
+    cases=st.lists(
+        st.tuples(st.integers(-5, 5), st.sampled_from(["right", "half", "wrong", "none"])), min_size=1
+    )
+)
+def test_the_best_threshold_is_the_best_of_all(metric, cases):
     asked, answered = [], []
     for number, (odds, kind) in enumerate(cases):
-        context = "yes no"
-        asked.append(question(context, None if kind == "none" else "yes", id=str(number)))
-        text = "no" if kind == "wrong" else "yes"
+        context = "yes sir no"
+        asked.append(question(context, None if kind == "none" else "yes sir", id=str(number)))
+        text = {"wrong": "no", "half": "yes"}.get(kind, "yes sir")
         answered.append(squad.Answered((squad.Candidate(text, 0.0, 1.0),), float(odds)))
 
     def reached(threshold):
         told = {q.id: a.best(threshold=threshold) for q, a in zip(asked, answered, strict=True)}
-        return squad.evaluate(asked, told)["f1"]
+        return squad.evaluate(asked, told)[metric]
 
-    threshold, best = squad.best_threshold(asked, answered)
+    threshold, best = squad.best_threshold(asked, answered, getattr(squad, metric))
     assert reached(threshold) == pytest.approx(best)
     assert best == pytest.approx(max(reached(t) for t in np.arange(-6.5, 6.5, 0.5)))
 
@@ -242,7 +248,7 @@ def test_json_packed_json_and_parquet_read_the_same(tmp_path):
     ]  # fmt: skip
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "v2.parquet")
     for name in ("v2.json", "v2.json.xz", "v2.parquet"):
-        assert squad.read(tmp_path / name) == asked
+        assert squad_files.read(tmp_path / name) == asked
 
 
 @pytest.mark.parametrize(
@@ -260,6 +266,13 @@ def test_json_packed_json_and_parquet_read_the_same(tmp_path):
             "question 1 (a): the answer 'four' does not stand at character 4 of its context; nor does it",
         ),
         (lambda v: v["data"][0]["paragraphs"][1]["qas"][0].update(id="a"), "2 questions have the id 'a'"),
+        (lambda v: v["data"][0]["paragraphs"][1].update(qas=["who"]), "question 2: "),
+        (lambda v: v["data"][0]["paragraphs"][1]["qas"][0].update(question=None), "question = None is not"),
+        (lambda v: v["data"][0]["paragraphs"][1].update(context=None), "question 2: context = None is not"),
+        (
+            lambda v: v["data"][0]["paragraphs"][0]["qas"][0]["answers"][0].update(answer_start=-3),
+            "question 1 (a): the answer 'two' does not stand at character -3 of its context; it stands at 4",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_told_with_its_question(tmp_path, change, says):
@@ -267,8 +280,74 @@ def test_what_is_wrong_with_a_file_is_told_with_its_question(tmp_path, change, s
     change(values)
     (tmp_path / "bad.json").write_text(json.dumps(values))
     with pytest.raises(EarlyBertError, match="bad.json") as refused:
-        squad.read(tmp_path / "bad.json")
+        squad_files.read(tmp_path / "bad.json")
     assert says in str(refused.value)
+
+
+def as_rows(*asked):
+    return [
+        {
+            "id": q.id, "title": "t", "context": q.context, "question": q.text,
+            "answers": {"text": list(q.answers), "answer_start": list(q.starts)},
+        }
+        for q in asked
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "inner"), [("squad", "plain_text"), ("squad2", "squad_v2"), ("squad", "")])
+def test_a_folder_of_the_hubs_files_is_read_all_parts_in_their_order(tmp_path, task, inner):
+    asked = [question("one two", "two", id="a"), question("three", "three", id="b")]
+    (tmp_path / inner).mkdir(exist_ok=True)
+    for number, q in enumerate(asked):
+        path = tmp_path / inner / f"train-0000{number}-of-00002.parquet"
+        pa.parquet.write_table(pa.Table.from_pylist(as_rows(q)), path)
+    assert squad_files.load(str(tmp_path), task, 0) == tuple(asked)
+    with pytest.raises(EarlyBertError, match="dev-v.*is not there, nor packed or as parquet"):
+        squad_files.load(str(tmp_path), task, 1)
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_name_and_one_that_is_not_there_is_told(monkeypatch):
+    asked = (question("one two", "two", id="a"),)
+    there = datasets.Dataset.from_list(as_rows(*asked))
+
+    def load_dataset(name, split):
+        if name != "rajpurkar/squad":
+            raise FileNotFoundError("nothing there")
+        assert split == "validation"
+        return there
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert squad_files.load("rajpurkar/squad", "squad", 1) == asked
+    with pytest.raises(EarlyBertError, match="who/knows is no folder.*nothing there"):
+        squad_files.load("who/knows", "squad", 0)
+    there = there.remove_columns("context")
+    with pytest.raises(EarlyBertError, match="the column 'context' is missing"):
+        squad_files.load("rajpurkar/squad", "squad", 1)
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        (None, "answers = None"), ("two", "answers = 'two'"), ([{"text": "two"}], "answers = "),
+        ({"text": ["two", "two"], "answer_start": [4]}, "are not lists of one length"),
+        ({"text": None, "answer_start": None}, "are not lists of one length"),
+        ({"text": [None], "answer_start": [4]}, "need a text and a number"),
+    ],
+)  # fmt: skip
+def test_answers_of_another_form_in_parquet_are_told_with_their_question(tmp_path, answers, says):
+    row = {"id": "a", "question": "who?", "context": "one two", "answers": answers}
+    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "bad.parquet")
+    with pytest.raises(EarlyBertError, match="bad.parquet, question 1") as refused:
+        squad_files.read(tmp_path / "bad.parquet")
+    assert says in str(refused.value)
+
+
+def test_white_space_around_an_answer_does_not_lose_it():
+    cut, plain = (
+        squad.windows([Question("a", "who", "one two three", (told,), (at,))], LETTERS, length=90, stride=10)
+        for told, at in ((" two ", 3), ("two", 4))
+    )
+    assert cut.starts.tolist() == plain.starts.tolist() != [0] and cut.ends.tolist() == plain.ends.tolist()
 
 
 def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refused(tmp_path):
@@ -277,7 +356,7 @@ def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refuse
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     for name in ("bad.json", "bad.json.xz", "bad.parquet", "none.json"):
         with pytest.raises(EarlyBertError, match=name):
-            squad.read(tmp_path / name)
+            squad_files.read(tmp_path / name)
     with pytest.raises(EarlyBertError, match="or a stride below 33"):
         squad.windows([question("a", "a")], LETTERS, length=100, stride=33)
     with pytest.raises(EarlyBertError, match="use a sequence_length of at least 68"):
@@ -287,10 +366,10 @@ def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refuse
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="SQuAD's files are not here")
 def test_the_real_files_have_their_official_counts_and_perfect_answers_score_100():
-    dev = squad.read(SHARED / "dev-v1.1.json.xz")
+    dev = squad_files.read(SHARED / "dev-v1.1.json.xz")
     assert len(dev) == 10570
     assert squad.evaluate(dev, {q.id: q.answers[0] for q in dev}) == {"exact": 100.0, "f1": 100.0}
-    part = squad.read(SHARED / "part-v2.0.json.xz")
+    part = squad_files.read(SHARED / "part-v2.0.json.xz")
     none = sum(not q.answers for q in part)
     assert len(part) == 6078 and 0 < none < 6078
     found = squad.evaluate(part, {q.id: "" for q in part})

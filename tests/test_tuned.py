@@ -1,6 +1,7 @@
 """What a fine-tuning folder holds already."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,3 +50,25 @@ def test_what_was_begun_without_a_checkpoint_binds_nobody(tmp_path):
     (tmp_path / "seed-1" / "checkpoints" / "step-00000010").mkdir(parents=True)
     with pytest.raises(EarlyBertError, match="seed-1 is tuned with epochs = 5.0, not 1.0"):
         tuned.check_task(tmp_path, other)
+
+
+class Task:
+    train, judged = SimpleNamespace(sha256="t"), "j"
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"rows": "t", "judged": "j", "precision": "fp32"}, None), ({}, None),
+        ({"rows": "u"}, "was tuned on other rows than those of glue now"),
+        ({"judged": "k"}, "was judged by other rows than those of glue now"),
+        ({"precision": "bf16"}, "was tuned in bf16, not in fp32"),
+    ],
+)  # fmt: skip
+def test_a_finished_seed_of_other_rows_or_another_precision_is_refused(tmp_path, told, says):
+    (tmp_path / "result.json").write_text(json.dumps(told))
+    if says is None:
+        tuned.check_done(tmp_path, Task, data="glue", precision="fp32")
+        return
+    with pytest.raises(EarlyBertError, match=says):
+        tuned.check_done(tmp_path, Task, data="glue", precision="fp32")

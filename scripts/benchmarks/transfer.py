@@ -30,7 +30,9 @@ from earlybert.recipes import SQUADS
 from earlybert.run import STOPPED
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
-_KEPT = ("task", "seed", "score", "scores", "parameters", "seconds", "recipe")
+_KEPT = (
+    "task", "seed", "score", "scores", "parameters", "seconds", "recipe", "ranks", "precision", "device",
+)  # fmt: skip
 """Of a result.json."""
 
 
