@@ -85,10 +85,13 @@ class Lamb(torch.optim.Optimizer):
             },
         )
         self._segments: Mapping[torch.Tensor, Segments] = {}
+        self._owners: dict[torch.Tensor, torch.Tensor] = {}
+        """Which parameter each segment belongs to, on the device: made once, since to send it there waits."""
 
     def attach(self, segments: Mapping[torch.Tensor, Segments]) -> None:
         """Say what lies in the flat tensors; those named here are shards of a whole that all ranks hold."""
         self._segments = dict(segments)
+        self._owners.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -106,7 +109,13 @@ class Lamb(torch.optim.Optimizer):
                 direction = self._direction(parameter, group)
                 if group["trust_ratio"]:
                     table = sharded or Segments(1, (Segment(0, 0, parameter.numel()),))
-                    _scale(direction, parameter, table, group["trust"], over_ranks=sharded is not None)
+                    if parameter not in self._owners:
+                        owners = [segment.parameter for segment in table.own]
+                        self._owners[parameter] = torch.tensor(owners, device=parameter.device)
+                    _scale(
+                        direction, parameter, table, self._owners[parameter], group["trust"],
+                        over_ranks=sharded is not None,
+                    )  # fmt: skip
                 parameter.add_(direction, alpha=-group["lr"])
         return loss
 
@@ -135,6 +144,7 @@ def _scale(
     direction: torch.Tensor,
     parameter: torch.Tensor,
     table: Segments,
+    owners: torch.Tensor,
     trust: Sequence[float],
     *,
     over_ranks: bool,
@@ -144,10 +154,9 @@ def _scale(
     directions = _views(direction, table)
     squares = torch.zeros(2, table.parameters, dtype=torch.float64, device=parameter.device)
     if table.own:
-        where = torch.tensor([segment.parameter for segment in table.own], device=parameter.device)
         for row, views in zip(squares, (weights, directions), strict=True):
             norms = torch.stack(torch._foreach_norm(views, 2, dtype=torch.float64))
-            row.index_add_(0, where, norms.square())
+            row.index_add_(0, owners, norms.square())
     if over_ranks:
         squares = dist.sum_over_ranks(squares.to(dist.collective_device())).to(parameter.device)
     norm_w, norm_d = squares.sqrt()
