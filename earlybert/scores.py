@@ -50,7 +50,7 @@ class Run:
         """{(split, metric): of each seed, in percent}, without the mean over them."""
         told: dict[tuple[str, str], list[float]] = {}
         for (own, _), found in sorted(self.results.items()):
-            for split, values in found["scores"].items() if own == task else ():
+            for split, values in found.get("scores", {}).items() if own == task else ():
                 for name, value in values.items():
                     if name != "score" and "threshold" not in name:
                         told.setdefault((split, name), []).append(value)
@@ -96,7 +96,7 @@ def collect(folders: Sequence[Path]) -> list[Run]:
 
 def _read(path: Path) -> dict[str, Any]:
     told = read_json(path)
-    if told.get("task") not in _ORDER or not {"seed", "score", "scores", "seconds"} <= told.keys():
+    if told.get("task") not in _ORDER or not {"seed", "score", "seconds", "parameters"} <= told.keys():
         raise EarlyBertError(
             f"{path} is no result of scripts/finetune.py; remove its folder and tune it again"
         )
