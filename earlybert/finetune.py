@@ -116,7 +116,7 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     watch = Watch(claim.folder, seconds=settings.hang_seconds)
     try:
         with explained(watch), run.Signals() as signals:
-            tuned.check(settings)
+            tuned.check(settings, precision=precision)
             if dist.rank() == 0:
                 run.describe(settings, mechanics_values, corpus=origin.fingerprint)
             for name in settings.tasks:
@@ -128,8 +128,11 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
                     continue
                 watch.mark(f"reading {name}")
                 task = tasks.load(recipe, data=settings.data, tokenizer=origin.tokenizer)
+                run.check_same(
+                    {f"the rows of {name}": task.train.sha256, f"those to judge {name}": task.judged}
+                )
                 for seed in sorted(done):
-                    tuned.check_done(folders[seed], task, data=settings.data, precision=precision)
+                    tuned.check_rows(folders[seed], task, data=settings.data)
                 for seed, folder in folders.items():
                     if seed in done:
                         continue
@@ -152,7 +155,7 @@ def _tell_done(task: str, folders: Mapping[int, Path], *, kept: bool) -> None:
     for seed, folder in folders.items() if dist.rank() == 0 else ():
         lost = kept and not (folder / "model").is_dir()
         again = f"; its model was not kept: remove {folder} to tune it again" if lost else ""
-        score = read_json(folder / "result.json")["score"]
+        score = read_json(folder / "result.json").get("score", math.nan)
         print(f"{task}, seed {seed}: done before, {score:.2f}{again}", flush=True)
 
 

@@ -90,7 +90,8 @@ def suspects(
     training = engine.module.training
     engine.eval()
     with torch.no_grad():
-        for micro in _suspected(engine, batches, worst=worst, mark=mark):
+        suspected, every = _suspected(engine, batches, worst=worst, mark=mark)
+        for micro in suspected:
             batch, number = batches[micro], micro * dist.world_size() + dist.rank()
             rows = len(batch["input_ids"])
             for row in range(rows):
@@ -104,7 +105,7 @@ def suspects(
     bad = [(place, loss) for place, loss in everyone if not math.isfinite(loss) or loss > worst]
     if not bad:
         return "no sample of the step is bad by itself"
-    if len(bad) == len(everyone):
+    if every and len(bad) == len(everyone):
         return f"all {len(bad)} samples that were tried alone are bad: it is the weights, not the data"
     ids, epochs = samples.ids(np.array([place for place, _ in bad]))
     named = [
@@ -119,17 +120,18 @@ def suspects(
 
 def _suspected(
     engine: Any, batches: Sequence[MicroBatch], *, worst: float, mark: Callable[[str], None]
-) -> list[int]:
-    """Which micro-batches are looked into, the same on all ranks: at ZeRO-3 each forward pass is all ranks'.
-    Collective."""
+) -> tuple[list[int], bool]:
+    """Which micro-batches are looked into, the worst of those that are bad, and whether all are. The same on
+    all ranks: at ZeRO-3 each forward pass is all ranks'. Collective."""
     own = []
     for micro, batch in enumerate(batches):
         mark(f"a bad step, micro-batch {micro + 1} of {len(batches)} again")
         whole = {key: value.to(engine.device) for key, value in batch.items()}
         own.append(float(engine(**whole).loss))
     most = [max(losses, key=_badness) for losses in zip(*dist.gather_objects(own), strict=True)]
-    bad = [micro for micro, loss in enumerate(most) if not math.isfinite(loss) or loss > worst]
-    return bad[:_LOOKED_INTO] or [max(range(len(most)), key=lambda micro: _badness(most[micro]))]
+    bad = sum(not math.isfinite(loss) or loss > worst for loss in most)
+    order = sorted(range(len(most)), key=lambda micro: -_badness(most[micro]))
+    return sorted(order[: min(max(1, bad), _LOOKED_INTO)]), bad == len(most)
 
 
 def _badness(loss: float) -> float:

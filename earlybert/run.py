@@ -35,8 +35,8 @@ STOPPED = 143
 """Exit status of a run that SIGTERM or SIGINT ended after a checkpoint: the same command goes on."""
 _LOCK = ".lock"
 _STOP = "stop"
-_LOOKS = 10
-"""At a folder that another machine has made."""
+_LOOKS = 80
+"""At a folder that another machine has made, half a second apart: NFS may keep what it knew for 30 s."""
 _PLACES = frozenset(
     {"runs", "deepspeed", "data", "data.corpus", "model", "evaluate.tasks_data", "evaluate.tasks_experiment"}
 )
@@ -140,6 +140,7 @@ def claim(
     if problem is not None:
         if lock is not None:
             lock.close()
+            _leave(experiment.folder)
         raise EarlyBertError(problem)
     return Claim(experiment.folder, lock)
 
@@ -182,8 +183,8 @@ def check_cores(*, precision: str) -> None:
     if torch.cuda.is_available():
         # An optimizer that is offloaded runs here, on all cores for every rank if nobody says otherwise.
         if "OMP_NUM_THREADS" not in os.environ:
-            here = sum(host == own[0] for host, _ in ranks)
-            torch.set_num_threads(max(1, len(own[1]) // here))
+            beside = sum(host == own[0] and bool(own[1] & cores) for host, cores in ranks)
+            torch.set_num_threads(max(1, len(own[1]) // beside))
         return
     torch.set_num_threads(threads([cores for host, cores in ranks if host == own[0]], own[1]))
     if precision == "bf16" and fast_precision() != "bf16" and dist.rank() == 0:
@@ -229,6 +230,14 @@ def _blind(folder: Path, holder: str) -> str | None:
     )
 
 
+def _leave(folder: Path) -> None:
+    """Remove a folder where nothing but the lock is."""
+    if [path.name for path in folder.iterdir()] == [_LOCK]:
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink()
+            folder.rmdir()
+
+
 def _lock(folder: Path, holder: str) -> tuple[IO[str] | None, str | None]:
     """The open lock of a folder, with the `holder` written into it, or why it cannot be had."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,6 +253,7 @@ def _lock(folder: Path, holder: str) -> tuple[IO[str] | None, str | None]:
     file.truncate(0)
     file.write(holder)
     file.flush()
+    os.fsync(file.fileno())  # NFS sends it when the file is closed otherwise, which is at the end of the run
     return file, None
 
 

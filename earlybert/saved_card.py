@@ -21,6 +21,7 @@ from earlybert.glue import TASKS
 from earlybert.model import EarlyBertPreTrainedModel
 from earlybert.monitor import duration
 from earlybert.progress import Progress
+from earlybert.scores import measured
 from earlybert.targets import Widths
 
 _PIPELINES = {
@@ -129,9 +130,7 @@ def _tuning(result: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     lines += [
         f"| {plain(split)} | {plain(metric)} | {value:.2f} |"
-        for split, found in result["scores"].items()
-        for metric, value in found.items()
-        if metric != "score"
+        for (split, metric), value in measured(result).items()
     ]
     lines += [
         "",
@@ -190,9 +189,7 @@ def _evaluations(result: Mapping[str, Any]) -> Sequence[EvalResult]:
             metric_type=_NAMES.get(metric, metric.replace(" ", "_")), metric_name=metric,
             metric_value=round(value, 4),
         )
-        for split, found in result["scores"].items()
-        for metric, value in found.items()
-        if metric != "score"
+        for (split, metric), value in measured(result).items()
     ]  # fmt: skip
 
 

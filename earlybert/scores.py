@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,8 @@ class Run:
         """{(split, metric): of each seed, in percent}, without the mean over them."""
         told: dict[tuple[str, str], list[float]] = {}
         for (own, _), found in sorted(self.results.items()):
-            for split, values in found.get("scores", {}).items() if own == task else ():
-                for name, value in values.items():
-                    if name != "score" and "threshold" not in name:
-                        told.setdefault((split, name), []).append(value)
+            for column, value in measured(found).items() if own == task else ():
+                told.setdefault(column, []).append(value)
         return told
 
     def seconds(self, keys: Sequence[tuple[str, int]]) -> float:
@@ -69,6 +67,16 @@ class Run:
             if any(own.get(name) != other.get(name) for name in _MACHINE):
                 return None
         return self.seconds(common) / first.seconds(common) if common else None
+
+
+def measured(result: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """{(split, metric): percent} of a result: what is a metric, neither their mean nor a threshold."""
+    return {
+        (split, name): value
+        for split, found in result.get("scores", {}).items()
+        for name, value in found.items()
+        if name != "score" and "threshold" not in name
+    }
 
 
 def collect(folders: Sequence[Path]) -> list[Run]:

@@ -45,21 +45,22 @@ def load(source: str, task: str, number: int) -> tuple[Question, ...]:
     """Read the training (0) or the development (1) questions of a task, from a folder or from the hub.
 
     A folder holds SQuAD's own JSON (.json, .json.xz, .gz or .bz2), one Parquet file of that name, or the
-    hub's files (`train-*.parquet`, also in a folder of the hub's). Raises EarlyBertError as `read` does.
+    hub's files (`train-*.parquet`, also in a folder of the hub's). Raises EarlyBertError as `read` does, and
+    for questions of the other version.
     """
-    name, split = FILES[task][number], _SPLITS[number]
-    folder = Path(source)
-    if not folder.is_dir():
-        return _checked(_from_hub(source, split), f"{source}, {split}")
-    for path in (folder / f"{name}{suffix}" for suffix in _SUFFIXES):
-        if path.is_file():
-            return read(path)
-    for place in (folder, *(folder / inner for inner in _HUB_FOLDERS[task])):
-        if files := sorted(place.glob(f"{split}-*.parquet")):
-            return _checked(_from_parquet(files), str(files[0]))
-    raise EarlyBertError(
-        f"{folder / name}.json is not there, nor packed or as parquet; give the folder of SQuAD's files"
-    )
+    found = _found(source, task, number)
+    without = next((question.id for question in found if not question.answers), None)
+    if task == "squad" and without is not None:
+        raise EarlyBertError(
+            f"{source}: question {without} has no answer, which SQuAD 1.1 does not know; use "
+            'tasks=["squad2"], or SQuAD 1.1\'s files or data=rajpurkar/squad'
+        )
+    if task == "squad2" and number == 0 and without is None:
+        raise EarlyBertError(
+            f"{source}: every question to train on has an answer, so it is not SQuAD 2.0; use "
+            'tasks=["squad"], or SQuAD 2.0\'s files or data=rajpurkar/squad_v2'
+        )
+    return found
 
 
 def read(path: str | Path) -> tuple[Question, ...]:
@@ -73,6 +74,22 @@ def read(path: str | Path) -> tuple[Question, ...]:
 
 
 # --- inside ------------------------------------------------------------------------------------------------
+
+
+def _found(source: str, task: str, number: int) -> tuple[Question, ...]:
+    name, split = FILES[task][number], _SPLITS[number]
+    folder = Path(source)
+    if not folder.is_dir():
+        return _checked(_from_hub(source, split), f"{source}, {split}")
+    for path in (folder / f"{name}{suffix}" for suffix in _SUFFIXES):
+        if path.is_file():
+            return read(path)
+    for place in (folder, *(folder / inner for inner in _HUB_FOLDERS[task])):
+        if files := sorted(place.glob(f"{split}-*.parquet")):
+            return _checked(_from_parquet(files), str(files[0]))
+    raise EarlyBertError(
+        f"{folder / name}.json is not there, nor packed or as parquet; give the folder of SQuAD's files"
+    )
 
 
 def _checked(questions: Iterator[Question], where: str) -> tuple[Question, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from earlybert import glue, squad, squad_files
 from earlybert.config import EarlyBertError, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering, EarlyBertForSequenceClassification
 from earlybert.recipes import Recipe
+
+log = logging.getLogger(__name__)
 
 _MULTIPLE = 8
 """Rows of a micro-batch are padded to a multiple of this, which tensor cores like."""
@@ -120,6 +123,7 @@ def check(recipe: Recipe, *, data: str) -> None:
         _labelled(task, data, split)
     for split in task.evaluations.values():
         glue.available(task, data, split)
+    _diagnostic(task, data)
 
 
 def tokenizer(place: str | Path, *, of: str) -> Any:
@@ -157,11 +161,9 @@ class GlueTask(Task):
             if (found := glue.available(self.task, data, split)) is not None:
                 self._examples[split] = found
                 self.answers[split] = self._rows(found)
-        if self.task.name == "mnli":
-            found = glue.available(glue.DIAGNOSTIC, data, "diagnostic")
-            if found is not None:
-                self._examples["diagnostic"] = found
-                self.answers["diagnostic"] = self._rows(found)
+        if (found := _diagnostic(self.task, data)) is not None:
+            self._examples["diagnostic"] = found
+            self.answers["diagnostic"] = self._rows(found)
 
     def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
         return [(row,) for row in output.logits.float().cpu().numpy()]
@@ -248,6 +250,19 @@ class SquadTask(Task):
             files["null_odds"] = {id: told.null_odds for id, told in answered.items()}
         for name, values in files.items():
             write_atomically(to / f"{name}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+
+
+def _diagnostic(task: glue.Task, data: str) -> glue.Examples | None:
+    """The leaderboard's pairs for MNLI's model; a mirror of the hub's data set may be without them."""
+    if task.name != "mnli":
+        return None
+    try:
+        return glue.available(glue.DIAGNOSTIC, data, "diagnostic")
+    except EarlyBertError as error:
+        if Path(data).is_dir():
+            raise
+        log.warning(f"AX.tsv will not be written: {error}")
+        return None
 
 
 def _labelled(task: glue.Task, data: str, split: str) -> glue.Examples:

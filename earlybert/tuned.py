@@ -25,14 +25,14 @@ def begin(folder: Path, recipe: Recipe) -> None:
     write_atomically(folder / _RECIPE, json.dumps(recipe.deciding, indent=1) + "\n")
 
 
-def check(settings: Finetuning) -> None:
+def check(settings: Finetuning, *, precision: str) -> None:
     """Raise EarlyBertError, on every rank, where seeds of the experiment's tasks, asked for or not, were
-    tuned by another recipe. Collective."""
+    tuned by another recipe or in another precision. Collective."""
     problem = None
     if dist.rank() == 0:
         try:
             for recipe in map(settings.of, settings.tasks):
-                check_task(settings.folder / recipe.task, recipe)
+                check_task(settings.folder / recipe.task, recipe, precision=precision)
         except (EarlyBertError, OSError) as error:  # the others wait to hear of it
             problem = str(error)
     problem = dist.from_rank_0(problem)
@@ -40,11 +40,17 @@ def check(settings: Finetuning) -> None:
         raise EarlyBertError(problem)
 
 
-def check_task(folder: Path, recipe: Recipe) -> None:
-    """Raise EarlyBertError where a seed in the folder of a task was tuned by another recipe, or is being: a
-    mean over both says nothing."""
+def check_task(folder: Path, recipe: Recipe, *, precision: str) -> None:
+    """Raise EarlyBertError where a seed in the folder of a task was tuned by another recipe, or is being, or
+    was tuned in another precision: a mean over both says nothing."""
     now = recipe.deciding
     for seed in sorted(folder.glob("seed-*")):
+        done = seed / "result.json"
+        if done.exists() and (other := read_json(done).get("precision", precision)) != precision:
+            raise EarlyBertError(
+                f"{seed} is tuned in {other}, not {precision}; give it a DeepSpeed JSON of that again, "
+                "remove the folder to tune it anew, or choose another folder for the runs"
+            )
         if (told := _recipe(seed)) is None:
             continue
         # A setting that a run from before does not name came later, with that run's behaviour as default.
@@ -57,18 +63,15 @@ def check_task(folder: Path, recipe: Recipe) -> None:
             )
 
 
-def check_done(folder: Path, task: Task, *, data: str, precision: str) -> None:
+def check_rows(folder: Path, task: Task, *, data: str) -> None:
     """Raise EarlyBertError where a finished seed was tuned or judged on other rows than those of `task`, from
-    `data`, or in another precision."""
+    `data`."""
     told = read_json(folder / "result.json")
-    for name, now, words in (
-        ("rows", task.train.sha256, f"was tuned on other rows than those of {data} now"),
-        ("judged", task.judged, f"was judged by other rows than those of {data} now"),
-        ("precision", precision, f"was tuned in {told.get('precision')}, not in {precision}"),
-    ):
+    for name, now, done in (("rows", task.train.sha256, "tuned on"), ("judged", task.judged, "judged by")):
         if told.get(name, now) != now:
             raise EarlyBertError(
-                f"{folder} {words}; remove the folder to tune it again, or choose another name="
+                f"{folder} was {done} other rows than those of {data} now; remove the folder to tune it "
+                "again, or choose another name="
             )
 
 

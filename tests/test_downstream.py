@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import letters
-from earlybert import finetune
+from earlybert import finetune, tasks
+from earlybert.config import EarlyBertError
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
     EarlyBertForSequenceClassification,
@@ -252,3 +253,15 @@ def test_a_mask_of_any_type_hides_the_same_tokens(dtype):
     ids, mask = values["input_ids"], values["attention_mask"]
     with torch.no_grad():
         assert torch.equal(model(ids, mask.to(dtype))[0], model(ids, mask)[0])
+
+
+def test_mnli_is_tuned_from_a_mirror_of_the_hub_that_has_no_diagnostic_pairs(monkeypatch, caplog, tmp_path):
+    def absent(*_):
+        raise EarlyBertError("the hub does not give ax")
+
+    monkeypatch.setattr(tasks.glue, "available", absent)
+    mnli = tasks.glue.TASKS["mnli"]
+    assert tasks._diagnostic(mnli, "my/mirror") is None and "AX.tsv will not be written" in caplog.text
+    with pytest.raises(EarlyBertError):
+        tasks._diagnostic(mnli, str(tmp_path))
+    assert tasks._diagnostic(tasks.glue.TASKS["rte"], str(tmp_path)) is None

@@ -76,6 +76,8 @@ class Fake:
             12,
         ),
         ({13: 90.0}, 4.0, "sample 13 of epoch 0 (documents 13), loss 90.000", 12),
+        ({29: 90.0, **{4 * n: 17.0 for n in range(6)}}, 4.0, "sample 29 of epoch 0 (documents 29)", 24),
+        ({n: math.nan for n in range(4, 8)}, math.inf, "sample 4 of epoch 0 (documents 4), loss nan; ", 12),
         ({}, 4.0, "no sample of the step is bad by itself", 12),
         ({n: math.inf for n in range(32)}, math.inf, "all 16 samples that were tried alone are bad", 24),
     ],

@@ -92,6 +92,7 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_on_all_of_them_and_let
     found = ranks.run("test_run:claims", ranks=2, folders=[one, other])
     assert found[0] == found[1] and found[0].startswith("rank 1 on ")
     assert "does not see the run folder" in found[0] and "runs=" in found[0]
+    assert not (tmp_path / "one" / "a").exists(), "a refused start leaves no run folder"
     assert ranks.run("test_run:claims", ranks=2, folders=[one, one]) == [None, None]
 
 

@@ -297,6 +297,8 @@ def as_rows(*asked):
 @pytest.mark.parametrize(("task", "inner"), [("squad", "plain_text"), ("squad2", "squad_v2"), ("squad", "")])
 def test_a_folder_of_the_hubs_files_is_read_all_parts_in_their_order(tmp_path, task, inner):
     asked = [question("one two", "two", id="a"), question("three", "three", id="b")]
+    if task == "squad2":
+        asked[1] = question("three", id="b")
     (tmp_path / inner).mkdir(exist_ok=True)
     for number, q in enumerate(asked):
         path = tmp_path / inner / f"train-0000{number}-of-00002.parquet"
@@ -374,3 +376,15 @@ def test_the_real_files_have_their_official_counts_and_perfect_answers_score_100
     assert len(part) == 6078 and 0 < none < 6078
     found = squad.evaluate(part, {q.id: "" for q in part})
     assert found["exact"] == pytest.approx(100 * none / 6078) and found["unanswerable f1"] == 100
+
+
+def test_questions_of_the_other_version_are_refused_with_the_task_that_they_are_for(tmp_path):
+    for name, version, asked in (
+        ("train-v1.1", "2.0", [question("one", "one", id="a"), question("two", id="b")]),
+        ("train-v2.0", "1.1", [question("one", "one", id="a")]),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(as_json(*asked, impossible=version == "2.0")))
+    with pytest.raises(EarlyBertError, match='question b has no answer.*use tasks=."squad2"'):
+        squad_files.load(str(tmp_path), "squad", 0)
+    with pytest.raises(EarlyBertError, match='not SQuAD 2.0; use tasks=."squad".*rajpurkar/squad_v2'):
+        squad_files.load(str(tmp_path), "squad2", 0)

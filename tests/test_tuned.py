@@ -21,9 +21,9 @@ def test_a_setting_that_an_older_result_does_not_name_was_as_its_default_is(tmp_
     told = now.deciding
     del told["ignore_padding"]
     done(tmp_path / "seed-1", **told)
-    tuned.check_task(tmp_path, now)
+    tuned.check_task(tmp_path, now, precision="fp32")
     with pytest.raises(EarlyBertError, match="seed-1 is tuned with ignore_padding = False, not True; give"):
-        tuned.check_task(tmp_path, Recipe(**{**defaults("squad"), "ignore_padding": True}))
+        tuned.check_task(tmp_path, Recipe(**{**defaults("squad"), "ignore_padding": True}), precision="fp32")
 
 
 @pytest.mark.parametrize(
@@ -38,18 +38,18 @@ def test_what_has_no_effect_on_a_task_is_not_compared(tmp_path, task, name, valu
     now = Recipe(**{**defaults(task), name: value})
     if decides:
         with pytest.raises(EarlyBertError, match=f"seed-2 is tuned with {name} = "):
-            tuned.check_task(tmp_path, now)
+            tuned.check_task(tmp_path, now, precision="fp32")
     else:
-        tuned.check_task(tmp_path, now)
+        tuned.check_task(tmp_path, now, precision="fp32")
 
 
 def test_what_was_begun_without_a_checkpoint_binds_nobody(tmp_path):
     tuned.begin(tmp_path / "seed-1", Recipe(**defaults("rte")))
     other = Recipe(**{**defaults("rte"), "epochs": 1.0})
-    tuned.check_task(tmp_path, other)
+    tuned.check_task(tmp_path, other, precision="fp32")
     (tmp_path / "seed-1" / "checkpoints" / "step-00000010").mkdir(parents=True)
     with pytest.raises(EarlyBertError, match="seed-1 is tuned with epochs = 5.0, not 1.0"):
-        tuned.check_task(tmp_path, other)
+        tuned.check_task(tmp_path, other, precision="fp32")
 
 
 class Task:
@@ -59,16 +59,26 @@ class Task:
 @pytest.mark.parametrize(
     ("told", "says"),
     [
-        ({"rows": "t", "judged": "j", "precision": "fp32"}, None), ({}, None),
+        ({"rows": "t", "judged": "j"}, None), ({}, None),
         ({"rows": "u"}, "was tuned on other rows than those of glue now"),
         ({"judged": "k"}, "was judged by other rows than those of glue now"),
-        ({"precision": "bf16"}, "was tuned in bf16, not in fp32"),
     ],
 )  # fmt: skip
-def test_a_finished_seed_of_other_rows_or_another_precision_is_refused(tmp_path, told, says):
+def test_a_finished_seed_of_other_rows_is_refused(tmp_path, told, says):
     (tmp_path / "result.json").write_text(json.dumps(told))
     if says is None:
-        tuned.check_done(tmp_path, Task, data="glue", precision="fp32")
+        tuned.check_rows(tmp_path, Task, data="glue")
         return
     with pytest.raises(EarlyBertError, match=says):
-        tuned.check_done(tmp_path, Task, data="glue", precision="fp32")
+        tuned.check_rows(tmp_path, Task, data="glue")
+
+
+def test_a_finished_seed_of_another_precision_is_refused(tmp_path):
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1" / "result.json").write_text(
+        json.dumps({"recipe": defaults("rte"), "precision": "bf16"})
+    )
+    recipe = Recipe(**defaults("rte"))
+    tuned.check_task(tmp_path, recipe, precision="bf16")
+    with pytest.raises(EarlyBertError, match="seed-1 is tuned in bf16, not fp32; give it a DeepSpeed JSON"):
+        tuned.check_task(tmp_path, recipe, precision="fp32")

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.downstream import same, there
 from benchmarks.ranks import start, why
-from earlybert import recipes, scores, tuned
+from earlybert import mechanics, recipes, scores, tuned
 from earlybert.config import EarlyBertError, read_json
 from earlybert.recipes import SQUADS
 from earlybert.run import STOPPED
@@ -107,9 +107,10 @@ def _check(jobs: Sequence[Job]) -> None:
     were tuned by another recipe than that of now."""
     for job in {(job.row, job.task): job for job in jobs}.values():
         if folders := sorted(job.folder.parent.glob(f"{job.task}-*")):
-            recipe = recipes.load(job.experiment, job.overrides(), kind=job.kind)[0].of(job.task)
+            settings, values = recipes.load(job.experiment, job.overrides(), kind=job.kind)
+            precision = mechanics.precision_of(values)
             for folder in folders:
-                tuned.check_task(folder / job.task, recipe)
+                tuned.check_task(folder / job.task, settings.of(job.task), precision=precision)
 
 
 def figures(arguments: argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]:
