@@ -241,7 +241,7 @@ def _course(training: Training) -> list[str]:
         where = "" if device is None else f" ({plain(str(device))})"
         lines.append(
             f"- {duration(seconds)} of training steps and draws, evaluations and saves not counted, on "
-            f"{_processes(manifest)}{where}"
+            f"{processes(manifest.world_size)}{where}"
         )
     drawn = {ticket.step for ticket in training.tickets}
     losses = training.losses
@@ -274,7 +274,7 @@ def _settings(training: Training) -> list[str]:
         f"- optimizer: {optimizer.name}, betas {betas}, epsilon {optimizer.epsilon:g}, weight decay "
         f"{optimizer.weight_decay:g}, clipping {optimizer.clipping:g}",
         f"- dropout {model.dropout:g}, of attention {model.attention_dropout:g}; seed {experiment.seed}",
-        f"- {manifest.precision}, ZeRO-{manifest.stage}, {_processes(manifest)}",
+        f"- {manifest.precision}, ZeRO-{manifest.stage}, {processes(manifest.world_size)}",
     ]
     if experiment.ticket.enabled:
         lines.append(f"- ticket: {experiment.ticket.kind}, penalty {experiment.ticket.penalty:g}")
@@ -345,13 +345,13 @@ def _widths(config: EarlyBertConfig) -> Widths:
 
 def _parameters(config: EarlyBertConfig) -> int:
     """Of a model of this shape, coefficients not counted."""
-    plain = EarlyBertConfig.from_dict({**config.to_dict(), "coefficients": "none"})
+    bare = EarlyBertConfig.from_dict({**config.to_dict(), "coefficients": "none"})
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in EarlyBertForPreTraining(plain).parameters())
+        return sum(parameter.numel() for parameter in EarlyBertForPreTraining(bare).parameters())
 
 
-def _processes(manifest: checkpoint.Manifest) -> str:
-    return "1 process" if manifest.world_size == 1 else f"{manifest.world_size} processes"
+def processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def plain(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from earlybert import hub
 from earlybert.config import EarlyBertError
 
 LARGEST = 5.0
@@ -150,16 +151,8 @@ def available(task: Task, source: str, split: str) -> Examples | None:
             return _checked(_from_parquet(task, sorted(files)), str(min(files)))
     if folder.is_dir():
         return None
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, task.name, split=hub_split)
-    except Exception as error:  # the hub's errors are of many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EarlyBertError(
-            f"{source} is no folder, and the hub does not give {task.name}, split {hub_split}: {reason}; "
-            "give a folder with the task's TSV or parquet files, or nyu-mll/glue"
-        ) from error
+    remedy = "a folder with the task's TSV or parquet files, or nyu-mll/glue"
+    rows = hub.rows(source, task.name, split=hub_split, remedy=remedy)
     where = f"{source}, {task.name}, {hub_split}"
     return _checked(_from_rows(task, rows.column_names, iter(rows), where=where), where)
 

@@ -15,13 +15,12 @@ from huggingface_hub import EvalResult
 from torch import nn
 
 from earlybert.adapters import Shape
-from earlybert.card import metadata, plain, ticket_lines
+from earlybert.card import metadata, plain, processes, ticket_lines
 from earlybert.export import CODE, Form
-from earlybert.glue import TASKS
 from earlybert.model import EarlyBertPreTrainedModel
 from earlybert.monitor import duration
 from earlybert.progress import Progress
-from earlybert.scores import measured
+from earlybert.scores import measured, title
 from earlybert.targets import Widths
 
 _PIPELINES = {
@@ -32,7 +31,8 @@ _PIPELINES = {
     "Model": "feature-extraction",
 }
 """{how a class' name ends: the pipeline that opens it}."""
-_SQUAD = {"squad": ("SQuAD 1.1", "rajpurkar/squad"), "squad2": ("SQuAD 2.0", "rajpurkar/squad_v2")}
+_SQUAD = {"squad": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
+"""Their names on the hub; all other tasks are configurations of GLUE there."""
 _NAMES = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 """Of metrics, where hubs have other ones."""
 
@@ -119,12 +119,10 @@ def _shape(saved: Saved) -> list[str]:
 
 def _tuning(result: Mapping[str, Any]) -> list[str]:
     recipe, seconds = result["recipe"], result["seconds"]
-    name, _, _ = _dataset(result["task"])
-    where = f"{result['ranks']} process" + ("es" if result["ranks"] > 1 else "")
     lines = [
         "## Task",
-        f"{name}, from `{plain(str(result['model']))}`, seed {result['seed']}. One seed of several says "
-        "little by itself; percent:",
+        f"{_name(result['task'])}, from `{plain(str(result['model']))}`, seed {result['seed']}. One seed of "
+        "several says little by itself; percent:",
         "",
         "| split | metric | |", "|---|---|---|",
     ]  # fmt: skip
@@ -136,7 +134,7 @@ def _tuning(result: Mapping[str, Any]) -> list[str]:
         "",
         f"- {recipe['epochs']:g} epochs, {recipe['batch']} rows a step, learning rate at most "
         f"{recipe['learning_rate']:g}, at most {recipe['sequence_length']} tokens a row; "
-        f"{result['precision']}, {where}",
+        f"{result['precision']}, {processes(result['ranks'])}",
         f"- {duration(seconds['search'] + seconds['train'])} of training steps"
         + (f", {duration(seconds['search'])} of them up to the draw" if seconds["search"] else ""),
     ]
@@ -181,11 +179,13 @@ def _loading(saved: Saved) -> list[str]:
 
 def _evaluations(result: Mapping[str, Any]) -> Sequence[EvalResult]:
     """The scores as hubs read them."""
-    name, place, config = _dataset(result["task"])
+    task = result["task"]
+    config = None if task in _SQUAD else task
     return [
         EvalResult(
             task_type="question-answering" if config is None else "text-classification",
-            dataset_type=place, dataset_name=name, dataset_config=config, dataset_split=split,
+            dataset_type=_SQUAD.get(task, "nyu-mll/glue"), dataset_name=_name(task), dataset_config=config,
+            dataset_split=split,
             metric_type=_NAMES.get(metric, metric.replace(" ", "_")), metric_name=metric,
             metric_value=round(value, 4),
         )
@@ -193,9 +193,5 @@ def _evaluations(result: Mapping[str, Any]) -> Sequence[EvalResult]:
     ]  # fmt: skip
 
 
-def _dataset(task: str) -> tuple[str, str, str | None]:
-    """Name, hub name and configuration of a task's data set."""
-    if task in _SQUAD:
-        name, place = _SQUAD[task]
-        return name, place, None
-    return f"GLUE {TASKS[task].folder}", "nyu-mll/glue", task
+def _name(task: str) -> str:
+    return title(task) if task in _SQUAD else f"GLUE {title(task)}"

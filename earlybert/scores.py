@@ -164,7 +164,7 @@ def _columns(runs: Sequence[Run], task: str) -> list[tuple[str, ...]]:
 
 
 def _heading(task: str, split: str = "", metric: str = "") -> str:
-    return f"{_title(task)}{_PLACED.get(split, '')} {metric}".strip()
+    return f"{title(task)}{_PLACED.get(split, '')} {metric}".strip()
 
 
 def picture(runs: Sequence[Run], to: Path) -> None:
@@ -183,7 +183,7 @@ def picture(runs: Sequence[Run], to: Path) -> None:
         share = run.share(runs[0])
         label = run.name if share is None else f"{run.name} ({share:.2f} of the time)"
         axes.bar(places, means, width, yerr=spreads, capsize=2, label=label)
-    axes.set_xticks(range(len(tasks)), [_title(task) for task in tasks])
+    axes.set_xticks(range(len(tasks)), [title(task) for task in tasks])
     axes.set_ylabel("score, %")
     axes.legend(fontsize="small")
     try:
@@ -199,6 +199,7 @@ def _cell(scores: Sequence[float]) -> str:
     return f"{statistics.fmean(scores):.2f}{spread}"
 
 
-def _title(task: str) -> str:
+def title(task: str) -> str:
+    """A task's name in tables."""
     squads = {"squad": "SQuAD", "squad2": "SQuAD 2.0"}
     return squads.get(task) or glue.TASKS[task].folder

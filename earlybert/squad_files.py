@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from earlybert import hub
 from earlybert.config import EarlyBertError
 
 FILES = {"squad": ("train-v1.1", "dev-v1.1"), "squad2": ("train-v2.0", "dev-v2.0")}
@@ -140,16 +141,8 @@ def _from_parquet(files: Sequence[Path]) -> Iterator[Question]:
 
 
 def _from_hub(source: str, split: str) -> Iterator[Question]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, split=split)
-    except Exception as error:  # the hub's errors are of many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EarlyBertError(
-            f"{source} is no folder, and the hub does not give its split {split}: {reason}; give a folder "
-            "with SQuAD's files, rajpurkar/squad or rajpurkar/squad_v2"
-        ) from error
+    remedy = "a folder with SQuAD's files, rajpurkar/squad or rajpurkar/squad_v2"
+    rows = hub.rows(source, split=split, remedy=remedy)
     for name in _COLUMNS:
         if name not in rows.column_names:
             raise EarlyBertError(

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration",
+    0: {"config", "dist", "shards", "mechanics", "faults", "arithmetic", "configuration", "hub",
         "probe_process"},
     1: {
         "schedule", "data", "loader", "order", "masking", "packing", "mixing", "model", "encoder", "ticket",
