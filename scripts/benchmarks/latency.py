@@ -194,6 +194,8 @@ def in_onnxruntime(model: Any, path: Path) -> Callable[[Any], Pass]:
         )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Each session has threads of its own: they would spin on into the other model's turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def bind(ids_BT: Any) -> Pass:
