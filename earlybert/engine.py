@@ -21,7 +21,7 @@ import deepspeed
 import pydantic
 import torch
 
-from earlybert import baselines, cutting, dist, faults, guard, mechanics, state, targets
+from earlybert import baselines, cutting, dist, faults, guard, mechanics, ops, state, targets
 from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
 from earlybert.lifecycle import (
@@ -403,6 +403,7 @@ class Engine:
         groups = parameter_groups(module, weight_decay=self._weight_decay)
         given = {"optimizer": self._factory, "lr_scheduler": self._scheduler}
         arguments = {name: value for name, value in given.items() if value is not None}
+        ops.leave_muon_uncompiled()
         try:
             inner, *_ = deepspeed.initialize(
                 model=module, model_parameters=groups, config=mechanics.close_traps(self._config), **arguments

@@ -4,30 +4,37 @@ The surprise: torch guards the build of an extension by a file that only the pro
 process killed while it compiles leaves the file behind, and from then on every start on that machine waits
 for it without a word and without end. Here the kernel guards a build, by a lock that dies with its holder,
 and a file found under that lock is known to be a dead process'.
+
+And every ZeRO engine imports DeepSpeed's Muon, whose kernels torch.compile would take at once: they are left
+to their first call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import importlib
 import os
 import platform
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.runtime import compiler
 from torch.utils import cpp_extension
 
 from earlybert.config import EarlyBertError
 
 _FOLDER = "TORCH_EXTENSIONS_DIR"
 _SAY_AFTER_SECONDS = 5.0
+_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def folder() -> Path:
@@ -47,6 +54,33 @@ def guard_builds() -> None:
     """Let every op that DeepSpeed compiles in this process be compiled under the kernel's lock."""
     if OpBuilder.jit_load is not _guarded:
         OpBuilder.jit_load = _guarded
+
+
+def leave_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon so that a kernel of it is compiled when it is first called.
+
+    A ZeRO engine imports it to learn that its optimizer is another one; to decorate its kernels then loads the
+    whole of torch's compiler, two seconds and 40 MiB of every rank.
+    """
+    if _MUON in sys.modules:
+        return
+    usual, compiler.compile = compiler.compile, lambda: _compiled_when_called
+    try:
+        importlib.import_module(_MUON)
+    finally:
+        compiler.compile = usual
+
+
+def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return compiled()(*arguments, **named)
+
+    return call
 
 
 _unguarded = OpBuilder.jit_load

@@ -386,12 +386,13 @@ def _checksum_flaw(path: Path, shard: ShardInfo) -> str | None:
 
 def _batch(batch: pa.RecordBatch) -> _Batch:
     tokens, starts = batch.column("tokens"), batch.column("sentence_starts")
+    # Not `to_numpy`, which imports pandas for the sake of types that are not here. Neither copies.
     return _Batch(
         documents=batch.num_rows,
-        tokens=tokens.values.to_numpy(zero_copy_only=True),
-        token_offsets=tokens.offsets.to_numpy(zero_copy_only=True),
-        starts=starts.values.to_numpy(zero_copy_only=True),
-        start_offsets=starts.offsets.to_numpy(zero_copy_only=True),
+        tokens=np.from_dlpack(tokens.values),
+        token_offsets=np.from_dlpack(tokens.offsets),
+        starts=np.from_dlpack(starts.values),
+        start_offsets=np.from_dlpack(starts.offsets),
         source=batch.column("source"),
         id=batch.column("id"),
     )

@@ -225,12 +225,13 @@ def _rank(arguments: argparse.Namespace) -> int:
     from benchmarks.engines import about
 
     from earlybert import dist
-    from earlybert.lifecycle import end_ranks, start_ranks
+    from earlybert.lifecycle import end_ranks, settle_imports, start_ranks
 
     start_ranks()
     folder = dist.from_rank_0(Path(tempfile.mkdtemp()) if dist.rank() == 0 else None)
     assert folder is not None
     command = importlib.import_module(f"benchmarks.{arguments.command}")
+    settle_imports()
     figures = {**about(arguments), **command.measure(arguments, folder)}
     if dist.rank() == 0:
         command.tell(figures)

@@ -54,9 +54,10 @@ def main() -> int:
     settings, mechanics = recipes.load(arguments.experiment, arguments.overrides, kind=arguments.command)
 
     from earlybert.finetune import tune
-    from earlybert.lifecycle import end_ranks, start_ranks
+    from earlybert.lifecycle import end_ranks, settle_imports, start_ranks
     from earlybert.run import STOPPED
 
+    settle_imports()
     start_ranks()
     try:
         done = tune(settings, mechanics, where=arguments.experiment)

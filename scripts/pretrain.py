@@ -27,10 +27,11 @@ def main() -> int:
 
     settings, mechanics = experiment.load(arguments.experiment, arguments.overrides)
 
-    from earlybert.lifecycle import end_ranks, start_ranks
+    from earlybert.lifecycle import end_ranks, settle_imports, start_ranks
     from earlybert.run import STOPPED
     from earlybert.trainer import train
 
+    settle_imports()
     start_ranks()
     try:
         result = train(settings, mechanics, where=arguments.experiment)

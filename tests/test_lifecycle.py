@@ -1,8 +1,10 @@
 """The ranks start under any launcher, and end so that no communication thread outlives the interpreter."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -18,6 +20,19 @@ def leave():
     lifecycle.end_ranks()
     lifecycle.end_ranks()
     return before, dist.active()
+
+
+def settle():
+    """Objects that a collection goes through before and after, and whether it frees a model in a cycle."""
+    gc.unfreeze()  # what the tests' own processes do
+    before = len(gc.get_objects())
+    lifecycle.settle_imports()
+    model = torch.nn.Linear(2, 2)
+    model.itself = [model]
+    told = weakref.ref(model)
+    del model
+    gc.collect()
+    return before, len(gc.get_objects()), told() is None
 
 
 def test_after_the_end_there_is_no_process_group():
@@ -143,3 +158,8 @@ def test_an_optimizer_whose_state_is_not_known_is_refused_before_it_has_any():
     lifecycle.check_optimizer(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]), where="ds.json")
     with pytest.raises(SettingsError, match=r"ds\.json: what the optimizer RMSprop keeps .*could not cut it"):
         lifecycle.check_optimizer(torch.optim.RMSprop([torch.zeros(1, requires_grad=True)]), where="ds.json")
+
+
+def test_what_was_imported_is_left_out_of_collections_and_a_later_cycle_is_not():
+    [(before, after, freed)] = ranks.run("test_lifecycle:settle", ranks=1)
+    assert before > 100_000 and after < before / 100 and freed

@@ -11,6 +11,8 @@ import deepspeed
 import pytest
 import torch
 
+import ranks
+import tiny
 from earlybert import lifecycle, ops
 from earlybert.config import EarlyBertError
 from earlybert.lifecycle import free_port
@@ -38,6 +40,29 @@ def hold(name: str, told: str) -> None:
     with ops._alone(ops.folder() / f"{name}.lock", name):
         Path(told).touch()
         time.sleep(600)
+
+
+def loads_a_compiler(stage):
+    """Whether training, a draw among it, loads torch's compiler, which nothing of it calls."""
+    engine = tiny.engine(stage, "bf16", tiny.settings())
+    tiny.train(engine, range(6))
+    assert engine.ticket is not None
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def muon_kernel(calls):
+    """What DeepSpeed's own kernel gives at first call, and how often torch.compile was asked for it."""
+    ops.leave_muon_uncompiled()
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
+
+    asked, real = [], torch.compile
+    assert compiler.compile() is real  # the usual one for whoever comes later
+    torch.compile = lambda function: (asked.append(function.__name__), real(function, backend="eager"))[1]
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 4)
+    found = [zeropower_via_newtonschulz5(matrix, 5).float() for _ in range(calls)]
+    return asked, torch.linalg.svdvals(found[-1]).tolist()
 
 
 @pytest.fixture
@@ -137,3 +162,14 @@ def test_two_installations_do_not_compile_over_each_other(monkeypatch):
     here = ops.folder()
     monkeypatch.setattr(deepspeed, "__file__", "/elsewhere/deepspeed/__init__.py")
     assert ops.folder() != here and ops.folder().parent == here.parent
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_trains_loads_no_compiler(stage):
+    assert ranks.run("test_ops:loads_a_compiler", ranks=2, stage=stage) == [False, False]
+
+
+def test_muons_kernels_are_compiled_once_when_they_are_called():
+    [(asked, singular_values)] = ranks.run("test_ops:muon_kernel", ranks=1, calls=2)
+    assert asked == ["zeropower_via_newtonschulz5"]
+    assert all(0.6 < value < 1.3 for value in singular_values)  # what five iterations promise
