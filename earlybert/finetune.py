@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from earlybert import checkpoint, dist, mechanics, pretrained, run, tasks, tuned
+from earlybert import checkpoint, dist, export, mechanics, pretrained, run, tasks, tuned
 from earlybert.account import parameter_count
 from earlybert.config import EarlyBertError, read_json, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering
@@ -108,6 +108,8 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     precision = mechanics.precision_of(mechanics_values)
     run.check_cores(precision=precision)
     origin = Origin.read(settings.model)
+    if settings.keep_models == "dense":
+        export.refuse_unlike_stock(origin.config)
     for recipe in map(settings.of, settings.tasks):
         origin.check(recipe)
         tasks.check(recipe, data=settings.data)
@@ -119,11 +121,12 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
             tuned.check(settings, precision=precision)
             if dist.rank() == 0:
                 run.describe(settings, mechanics_values, corpus=origin.fingerprint)
+            kept = settings.keep_models != "none"
             for name in settings.tasks:
                 recipe = settings.of(name)
                 folders = {seed: claim.folder / name / f"seed-{seed}" for seed in settings.seeds}
                 done = dist.from_rank_0({seed for seed, f in folders.items() if (f / "result.json").exists()})
-                _tell_done(name, {seed: folders[seed] for seed in sorted(done)}, kept=settings.keep_models)
+                _tell_done(name, {seed: folders[seed] for seed in sorted(done)}, kept=kept)
                 if done == folders.keys():
                     continue
                 watch.mark(f"reading {name}")
@@ -400,8 +403,8 @@ class _Tuning:
             "ranks": dist.world_size(),
             "precision": mechanics.precision_of(self.mechanics),
         }
-        if self.settings.keep_models:
-            pretrained.save(engine, self.folder / "model", result=result)
+        if (form := self.settings.keep_models) != "none":
+            pretrained.save(engine, self.folder / "model", form=form, result=result)
             if dist.rank() == 0:
                 self.origin.tokenizer.save_pretrained(self.folder / "model")
         if dist.rank() == 0:

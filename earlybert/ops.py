@@ -59,8 +59,8 @@ def guard_builds() -> None:
 def leave_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon so that a kernel of it is compiled when it is first called.
 
-    A ZeRO engine imports it to learn that its optimizer is another one; to decorate its kernels then loads the
-    whole of torch's compiler, two seconds and 40 MiB of every rank.
+    A ZeRO engine imports it to learn that its optimizer is another one; to decorate its kernels then loads
+    the whole of torch's compiler, two seconds and 40 MiB of every rank.
     """
     if _MUON in sys.modules:
         return

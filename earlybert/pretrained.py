@@ -28,7 +28,7 @@ from earlybert.downstream import (
     EarlyBertModel,
 )
 from earlybert.engine import Engine
-from earlybert.export import MARK, Form, carry_code, new_folder, refuse_difference
+from earlybert.export import MARK, Form, carry_code, new_folder, refuse_difference, stock_model
 from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining, EarlyBertPreTrainedModel
 from earlybert.saved_card import Saved
 from earlybert.shrink import index_map, present, uncut, without_coefficients
@@ -42,8 +42,9 @@ def save(
     A model card (README.md) stands beside it; `result`: its figures, those of `result.json` of a fine-tuning.
 
     "compact" has the true shapes and is for `load`; "dense" has coefficients folded in and zeros where heads
-    and neurons went, and is for the stock class. Raises EarlyBertError, on every rank, where `to` is
-    something else than an export or the logits differ by more than 1e-5 of their largest magnitude.
+    and neurons went, and is for the stock class: what the model was, BERT for an EarlyBERT. Raises
+    EarlyBertError, on every rank, where `to` is something else than an export, stock BERT cannot hold the
+    model, or the logits differ by more than 1e-5 of their largest magnitude.
     """
     weights = {}
     for name, tensors in state.whole_parameters(state.read(engine.inner)):
@@ -106,22 +107,11 @@ def _write(
     with new_folder(to) as hidden:
         if form == "compact":
             written = trained
+        elif isinstance(trained, EarlyBertPreTrainedModel):
+            kept = engine.progress
+            written = stock_model(trained, weights, heads=kept.heads, neurons=kept.neurons)
         else:
-            layers = adapter.layers(config)
-            weights, progress = without_coefficients(layers, weights), engine.progress
-            if progress.heads is not None and progress.neurons is not None:
-                first = progress.tickets[0]
-                left = [layer for layer, heads in enumerate(progress.heads) if heads]
-                cuts = index_map(
-                    layers,
-                    present(progress.heads),
-                    present(progress.neurons),
-                    head_size=adapter.shape(trained).head_size,
-                    head_widths=[first.head_widths[layer] for layer in left],
-                    neuron_widths=[first.neuron_widths[layer] for layer in left],
-                )
-                weights = {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
-            written = _filled(adapter, adapter.dense(config), weights)
+            written = _as_it_was(engine, trained, weights)
         written.save_pretrained(hidden, max_shard_size="1TB")
         if isinstance(written, EarlyBertPreTrainedModel):
             carry_code(hidden)
@@ -133,6 +123,26 @@ def _write(
         (hidden / "README.md").write_text(saved_card.write(saved, result), encoding="utf-8")
         (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
     return difference
+
+
+def _as_it_was(engine: Engine, trained: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """A stock model in the shape that it had before the first draw, zeros where heads and neurons went."""
+    adapter, config, progress = engine.adapter, engine.module.config, engine.progress
+    layers = adapter.layers(config)
+    weights = without_coefficients(layers, weights)
+    if progress.heads is not None and progress.neurons is not None:
+        first = progress.tickets[0]
+        left = [layer for layer, heads in enumerate(progress.heads) if heads]
+        cuts = index_map(
+            layers,
+            present(progress.heads),
+            present(progress.neurons),
+            head_size=adapter.shape(trained).head_size,
+            head_widths=[first.head_widths[layer] for layer in left],
+            neuron_widths=[first.neuron_widths[layer] for layer in left],
+        )
+        weights = {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
+    return _filled(adapter, adapter.dense(config), weights)
 
 
 def _filled(adapter: adapters.Adapter, config: Any, weights: dict[str, torch.Tensor]) -> Any:

@@ -108,7 +108,7 @@ def _tuning(settings: EvaluateSettings, *, positions: int) -> tuple[Finetuning, 
         return told, {"zero_optimization": {"stage": 0}}
     words = [f"tasks={json.dumps(settings.tasks)}", f"data={json.dumps(settings.tasks_data)}"]
     told, values = recipes.load(settings.tasks_experiment, words, kind="glue")
-    return replace(told, name=_TUNED, keep_models=False), values
+    return replace(told, name=_TUNED, keep_models="none"), values
 
 
 class Probes:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from earlybert import glue, mechanics, squad, squad_files
 from earlybert.config import EarlyBertError, SettingsError, as_dict, override, parse, read_toml
@@ -166,8 +166,9 @@ class Finetuning:
     """Optimizer steps between two progress lines."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints; SIGTERM saves one too."""
-    keep_models: bool = False
-    """Write each tuned model (runs/NAME/TASK/seed-N/model)."""
+    keep_models: Literal["none", "compact", "dense"] = "none"
+    """In which form each tuned model is written (runs/NAME/TASK/seed-N/model): its true shape, or that of
+    stock BERT."""
     hang_seconds: float = 480.0
     """A run that stands still for so long ends and names the rank it waits for."""
 

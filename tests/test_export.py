@@ -20,8 +20,9 @@ from transformers import (
 
 from earlybert import export as exporting
 from earlybert.config import EarlyBertError
-from earlybert.export import MARK, dense_weights, export
-from earlybert.model import EarlyBertForPreTraining
+from earlybert.downstream import EarlyBertForSequenceClassification, EarlyBertForTokenClassification
+from earlybert.export import CODE, MARK, dense_weights, export, stock_model
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 from exports import NEURONS, WORDS, environment, trained, write_tokenizer
 
 ELSEWHERE = """
@@ -156,10 +157,34 @@ def test_dense_is_stock_bert_with_coefficients_folded_in_and_zeros_put_back(
     assert not list(to.glob("*.py"))
 
 
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "small from the start"])
+@pytest.mark.parametrize("kind", list(CODE.values())[1:], ids=lambda kind: kind.__name__)
+def test_under_every_head_stock_bert_gives_the_small_models_outputs(tokenizer, kind, drawn):
+    source = trained(tokenizer)
+    config = EarlyBertConfig(**{**source.config.to_dict(), "id2label": {0: "a", 1: "b", 2: "c"}})
+    torch.manual_seed(0)
+    small = kind(config).eval()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    kept = {"heads": source.heads, "neurons": source.neurons} if drawn else {}
+    stock = stock_model(small, dict(small.named_parameters()), **kept)
+    assert type(stock).__name__ == kind.__name__.removeprefix("Early") and not stock.training
+    ids, mask = torch.randint(config.vocab_size, (2, 7)), torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids, attention_mask=mask).to_tuple() for model in (small, stock))
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        real = mask.bool() if one.shape[:2] == mask.shape else slice(None)
+        near(one[real], other[real])
+    if kind in (EarlyBertForSequenceClassification, EarlyBertForTokenClassification):
+        assert stock.config.id2label == {0: "a", 1: "b", 2: "c"} and theirs[0].shape[-1] == 3
+
+
 def test_the_dense_weights_leave_the_source_alone(tokenizer):
     source = trained(tokenizer)
     before = {name: value.clone() for name, value in source.weights.items()}
-    dense_weights(source)
+    dense_weights(source.config, source.weights, heads=source.heads, neurons=source.neurons)
     assert all(torch.equal(value, source.weights[name]) for name, value in before.items())
 
 

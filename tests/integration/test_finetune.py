@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from test_glue import TSV, write_tsv
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import letters
 from earlybert import load, scores
 from earlybert.config import to_toml
+from earlybert.downstream import EarlyBertForSequenceClassification
 from earlybert.glue import TASKS
 from earlybert.ticket import Ticket
 from ranks import launch
@@ -154,11 +156,12 @@ def begun(path: Path) -> Folder:
 
 
 def test_the_ticket_rewinds_trains_all_epochs_and_stands_beside_its_baselines_in_the_table(tmp_path, capsys):
-    folder = Folder(tmp_path, tasks=["rte"], search_epochs=0.5, keep_models=True)
+    folder = Folder(tmp_path, tasks=["rte"], search_epochs=0.5, keep_models="compact")
     write_rte(tmp_path / "data")
     assert folder.run("glue", "name=dense") == [0, 0], folder.log()
     for kind in ("early-bird", "random", "layerdrop"):
-        words = (f"name={kind}", "ticket.enabled=true", f"ticket.kind={kind}")
+        words = [f"name={kind}", "ticket.enabled=true", f"ticket.kind={kind}"]
+        words += ["keep_models=dense"] if kind == "early-bird" else []
         assert folder.run("glue", *words) == [0, 0], folder.log()
     dense, ticket, random_, layers = (
         folder.result(name, "rte") for name in ("dense", "early-bird", "random", "layerdrop")
@@ -172,8 +175,14 @@ def test_the_ticket_rewinds_trains_all_epochs_and_stands_beside_its_baselines_in
     kept = Ticket.load(tmp_path / "runs" / "early-bird" / "rte" / "seed-1" / "ticket.json")
     assert kept.step == 6 and [len(heads) for heads in kept.heads] == [2, 2]
 
-    model = load(tmp_path / "runs" / "early-bird" / "rte" / "seed-1" / "model")
-    assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+    model = load(tmp_path / "runs" / "random" / "rte" / "seed-1" / "model")
+    stock = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "runs" / "early-bird" / "rte" / "seed-1" / "model"
+    )
+    assert type(model) is EarlyBertForSequenceClassification and model.config.heads_per_layer == [2, 2]
+    assert type(stock) is BertForSequenceClassification and stock.config.num_attention_heads == 4
+    for kept_model in (model, stock):
+        assert kept_model.config.id2label == {0: "entailment", 1: "not_entailment"}
     card = (tmp_path / "runs" / "early-bird" / "rte" / "seed-1" / "model" / "README.md").read_text()
     assert f"| dev | accuracy | {ticket['score']:.2f} |" in card and "## Ticket" in card
     found = scores.collect([tmp_path / "runs" / name for name in ("dense", "early-bird", "random")])
