@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,15 @@ from transformers import (
 
 from earlybert import export as exporting
 from earlybert.config import EarlyBertError
-from earlybert.downstream import EarlyBertForSequenceClassification, EarlyBertForTokenClassification
+from earlybert.downstream import (
+    EarlyBertForSequenceClassification,
+    EarlyBertForTokenClassification,
+    EarlyBertModel,
+)
 from earlybert.export import CODE, MARK, dense_weights, export, stock_model
+from earlybert.finetune import tune
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+from earlybert.recipes import Finetuning
 from exports import NEURONS, WORDS, environment, trained, write_tokenizer
 
 ELSEWHERE = """
@@ -179,6 +186,26 @@ def test_under_every_head_stock_bert_gives_the_small_models_outputs(tokenizer, k
         near(one[real], other[real])
     if kind in (EarlyBertForSequenceClassification, EarlyBertForTokenClassification):
         assert stock.config.id2label == {0: "a", 1: "b", 2: "c"} and theirs[0].shape[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"head_size": 16}, "head_size 16 x 4 heads is not hidden_size 32"), ({"pre_norm": True}, "pre_norm")],
+    ids=["wide heads", "pre_norm"],
+)
+def test_what_stock_bert_cannot_hold_is_refused_before_it_is_tuned(tmp_path, tokenizer, changes, says):
+    config = EarlyBertConfig(**{**trained(tokenizer, shrunken=False).config.to_dict(), **changes})
+    model = tmp_path / "model"
+    EarlyBertModel(config).save_pretrained(model)
+    shutil.copytree(tokenizer, model, dirs_exist_ok=True)
+    settings = Finetuning(
+        name="run", runs=str(tmp_path), model=str(model), deepspeed="ds.json", data=str(tmp_path),
+        tasks=("rte",), keep_models="dense",
+    )  # fmt: skip
+    with pytest.raises(EarlyBertError, match=f"{says}.*compact form"):
+        tune(settings, {}, where="e.toml")
+    with pytest.raises(EarlyBertError, match=f"{says}.*compact form"):
+        stock_model(EarlyBertModel(config), {})
 
 
 def test_the_dense_weights_leave_the_source_alone(tokenizer):
