@@ -109,17 +109,27 @@ def dropped_layers(count: int, *, ratio: float) -> tuple[int, ...]:
 def drop_layers(module: nn.Module, layers: Sequence[Layer], *, probability: float) -> None:
     """While it trains, let each layer's input pass by it with this probability, in each forward pass anew.
 
-    The layer is computed and its output multiplied by zero, so every parameter has a gradient on every rank.
-    The coin is torch's own generator on the host: a seeded step repeats it.
+    The layer is computed and its output left out, so every parameter has a gradient on every rank. The coins
+    are torch's own generator on the host, thrown before the pass: a seeded step repeats them, a layer that is
+    computed again in the backward pass finds its own, and a compiled layer reads a tensor like any other.
     """
+    device = next(module.parameters()).device
+    stays_L = torch.ones(len(layers), dtype=torch.bool, device=device)
 
-    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def throw(whole: nn.Module, _: tuple[Any, ...]) -> None:
+        if whole.training:
+            stays_L.copy_(torch.rand(len(layers)) >= probability)
+
+    def hook(layer: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         if not layer.training:
             return output
-        stays = float(torch.rand(()) >= probability)
         hidden = output if isinstance(output, torch.Tensor) else output[0]
-        mixed = hidden * stays + inputs[0] * (1 - stays)
+        mixed = torch.where(layer.stays, hidden, inputs[0])
         return mixed if isinstance(output, torch.Tensor) else (mixed, *output[1:])
 
-    for layer in layers:
-        module.get_submodule(layer.module).register_forward_hook(hook)
+    module.register_forward_pre_hook(throw)
+    for index, layer in enumerate(layers):
+        found = module.get_submodule(layer.module)
+        # On the layer, not in a hook of its own: layers alike share what the compiler made of one.
+        found.stays = stays_L[index]  # type: ignore[assignment]
+        found.register_forward_hook(hook)

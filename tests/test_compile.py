@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch._dynamo
 
-from earlybert import arithmetic, encoder
+from earlybert import arithmetic, baselines, encoder
+from earlybert.adapters import bert_layers
 from earlybert.lifecycle import compile_module, compile_seconds
 from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
 
@@ -72,6 +73,26 @@ def test_a_layer_is_compiled_once_whatever_the_widths_of_the_others(neurons):
         assert torch.allclose(gradients[name], gradient, atol=1e-6), name
     train(module)
     assert len(graphs) == 4, "nothing is compiled again"
+
+
+def test_layers_that_are_passed_by_at_random_break_no_graph_and_are_the_same_ones():
+    def drop(module):
+        baselines.drop_layers(module, bert_layers(LAYERS), probability=0.5)
+        return module
+
+    plain, module = drop(model([64] * LAYERS)), drop(model([64] * LAYERS))
+    graphs, losses = compiled(module), set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected, gradients = train(plain)
+        torch.manual_seed(seed)
+        loss, found = train(module)
+        assert loss == pytest.approx(expected, abs=1e-6)
+        for name, gradient in gradients.items():
+            assert torch.allclose(found[name], gradient, atol=1e-6), name
+        losses.add(round(loss, 6))
+    assert len(graphs) == 5, "embeddings, a layer, which of the two it is, head and loss"
+    assert len(losses) == 3, "other layers each time"
 
 
 def test_documents_that_share_rows_reach_compiled_layers(monkeypatch):
