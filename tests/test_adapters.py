@@ -132,7 +132,13 @@ def draw_and_save(name, folder):
     return results
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BertForMaskedLM",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in MODELS if name != "BertForMaskedLM"),
+    ],
+)
 def test_a_stock_model_is_searched_drawn_and_saved_at_every_stage(tmp_path, name):
     of_ranks = ranks.run("test_adapters:draw_and_save", ranks=2, name=name, folder=str(tmp_path))
     for results in of_ranks:
@@ -149,6 +155,7 @@ def test_a_stock_model_is_searched_drawn_and_saved_at_every_stage(tmp_path, name
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert"])
 def test_an_example_trains_draws_saves_and_loads(tmp_path, name):
     script = EXAMPLES / f"{name}.py"

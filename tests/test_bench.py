@@ -74,6 +74,7 @@ def test_a_step_is_taken_apart_and_held_against_a_matrix_product(monkeypatch, ca
     assert "tiny, shrunken, 2 rows of 32 tokens in documents of 8" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_whole_programs_are_timed_in_turn_also_on_one_rank(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import engines, train

@@ -334,6 +334,7 @@ def test_the_manifest_is_a_plain_value(texts: Path, tmp_path: Path) -> None:
     assert isinstance(manifest, Manifest) and str(tmp_path) not in str(dataclasses.asdict(manifest))
 
 
+@pytest.mark.thorough
 def test_documents_in_another_language_go_where_that_is_asked_for(tmp_path: Path) -> None:
     english = (
         "The committee of the museum decided in the spring that the old house by the river would be kept."

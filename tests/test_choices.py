@@ -51,7 +51,7 @@ def baseline_draws(stage):
     return results
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.thorough)])
 def test_the_baselines_are_drawn_by_the_same_hook(stage):
     one, two = ranks.run("test_choices:baseline_draws", ranks=2, stage=stage)
     for kind in one:
@@ -147,7 +147,7 @@ def rewound(stage, folder):
     return results
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.thorough)])
 def test_a_rewind_brings_back_the_weights_of_its_step_over_a_resume_too(tmp_path, stage):
     for whole, resumed in ranks.run("test_choices:rewound", ranks=2, stage=stage, folder=str(tmp_path)):
         at_two, after, ticket, second, losses, ended = whole

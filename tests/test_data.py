@@ -501,6 +501,7 @@ def hold_a_loader(folder: str) -> None:
         time.sleep(60)
 
 
+@pytest.mark.thorough
 def test_workers_are_not_forked_from_a_rank_and_go_when_it_is_killed(tmp_path: Path) -> None:
     """gloo's threads in a rank make a fork of it dangerous; a killed rank must leave no process behind."""
     write_corpus(tmp_path / "corpus", random_documents(20, longest=60))
@@ -679,6 +680,7 @@ def test_samples_come_in_the_shares_of_the_weights_each_source_with_its_own_epoc
     assert rows["input_ids"].shape == (8, 16)
 
 
+@pytest.mark.thorough
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_weights_are_kept_in_every_block_and_resume_at_any_position(

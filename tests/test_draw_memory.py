@@ -1,5 +1,7 @@
 """Under ZeRO-3 the draw holds at most one layer's full parameters beside the shards."""
 
+import pytest
+
 import ranks
 import tiny
 from earlybert import dist, state
@@ -42,6 +44,7 @@ def peaks_of_a_draw():
     return peaks, 2 * elements / dist.world_size(), 4 * elements
 
 
+@pytest.mark.thorough
 def test_a_draw_under_zero_3_holds_one_layer_beside_the_shards():
     for peaks, shards, whole in ranks.run("test_draw_memory:peaks_of_a_draw", ranks=2):
         layer = max(LAYER_BYTES, EMBEDDING_BYTES)

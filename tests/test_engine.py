@@ -215,7 +215,14 @@ def variants_of(stage):
         yield {"stage": stage, "precision": "fp32", "optimizer": sgd}
 
 
-@pytest.mark.parametrize(("count", "stages"), [(1, (0, 1, 2, 3)), (2, (0, 1)), (2, (2,)), (2, (3,))])
+@pytest.mark.parametrize(
+    ("count", "stages"),
+    [
+        pytest.param(1, (0, 1, 2, 3), marks=pytest.mark.thorough),
+        pytest.param(2, (0, 1), marks=pytest.mark.thorough), (2, (2,)),
+        pytest.param(2, (3,), marks=pytest.mark.thorough),
+    ],
+)  # fmt: skip
 def test_an_engine_that_is_torn_down_and_seeded_again_goes_on_bit_equal(count, stages):
     variants = [variant for stage in stages for variant in variants_of(stage)]
     for results in ranks.run("test_engine:null_draws", ranks=count, variants=variants):
@@ -224,7 +231,7 @@ def test_an_engine_that_is_torn_down_and_seeded_again_goes_on_bit_equal(count, s
             assert steps == 6
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_the_shrunken_model_is_the_masked_dense_model_before_and_after_a_step(stage):
     of_ranks = ranks.run("test_engine:draws_and_compare", ranks=2, stage=stage)
     assert all(len(results) == len(VARIANTS) for results in of_ranks)
@@ -267,7 +274,8 @@ def test_no_rank_takes_more_of_the_state_than_its_share(stage):
 @pytest.mark.parametrize(
     ("stage", "precision", "compiled"),
     [
-        (0, "bf16", False), (1, "bf16", True), (2, "bf16", False), (3, "bf16", False),
+        (0, "bf16", False), pytest.param(1, "bf16", True, marks=pytest.mark.thorough), (2, "bf16", False),
+        pytest.param(3, "bf16", False, marks=pytest.mark.thorough),
         pytest.param(3, "fp32", False, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -281,7 +289,9 @@ def test_after_ten_draws_nothing_of_the_old_engines_is_alive(stage, precision, c
         assert not searching and all(loss < 10 for loss in losses)
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(2, marks=pytest.mark.thorough), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_compiled_model_trains_draws_and_is_evaluated_as_the_plain_one(stage):
     ((plain, compiled),) = ranks.run("test_engine:plain_and_compiled", ranks=1, stage=stage)
     assert compiled == pytest.approx(plain, rel=1e-5)

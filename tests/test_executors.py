@@ -44,6 +44,7 @@ def ray_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.thorough
 def test_ray_with_two_workers_gives_the_same_bytes(ray_of_two: None, texts: Path, tmp_path: Path) -> None:
     build(settings(texts, **SMALL), tmp_path / "local", tell=quiet)
     where = Where(kind="ray", workers=2, memory=0.1)
@@ -51,6 +52,7 @@ def test_ray_with_two_workers_gives_the_same_bytes(ray_of_two: None, texts: Path
     assert content(tmp_path / "ray") == content(tmp_path / "local")
 
 
+@pytest.mark.thorough
 def test_an_error_on_ray_is_the_same_one_line(ray_of_two: None, texts: Path, tmp_path: Path) -> None:
     (texts / "50.txt").write_bytes(b"caf\xe9")
     where = Where(kind="ray", workers=2, memory=0.1)
@@ -83,6 +85,7 @@ def pretended_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_the_job_files_for_slurm_say_what_was_asked_and_give_the_same_bytes(
     pretended_slurm: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -97,8 +97,10 @@ def near(ours, theirs):
     torch.testing.assert_close(torch.as_tensor(ours).flatten(), theirs.flatten(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("next_sentence", [True, False], ids=["nsp", "mlm"])
-@pytest.mark.parametrize("form", ["compact", "dense"])
+@pytest.mark.parametrize(
+    "next_sentence", [pytest.param(True, marks=pytest.mark.thorough), False], ids=["nsp", "mlm"]
+)
+@pytest.mark.parametrize("form", ["compact", pytest.param("dense", marks=pytest.mark.thorough)])
 def test_an_export_loads_and_fills_masks_where_the_package_is_not(tmp_path, tokenizer, form, next_sentence):
     source, to = trained(tokenizer, next_sentence=next_sentence), tmp_path / "my.export"
     assert export(source, to=to, form=form) < 1e-5
@@ -279,6 +281,7 @@ def test_a_text_that_is_longer_than_the_positions_is_cut_where_they_end(tmp_path
     assert len(words("the cat " * 50, truncation=True)["input_ids"]) == words.model_max_length == 32
 
 
+@pytest.mark.thorough
 def test_the_command_says_in_one_line_what_is_not_a_run(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "export.py"
     done = subprocess.run(

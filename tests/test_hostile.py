@@ -314,6 +314,7 @@ def test_an_output_that_cannot_be_written_is_one_line(small_disk: Path, tmp_path
     assert code == 2 and re.search("--out .*out: Read-only file system", last), said
 
 
+@pytest.mark.thorough
 def test_two_shards_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     for name, size in (("a", 192), ("b", 256)):
         (tmp_path / f"{name}.txt").write_text(TEXT)

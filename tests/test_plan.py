@@ -83,6 +83,7 @@ def resident():
     return found
 
 
+@pytest.mark.thorough
 def test_the_bytes_of_a_rank_are_those_of_real_engines():
     config = tiny.config(**SHAPE)
     measured = plan.measure(config, micro_batch=1, sequence_length=12, predicted=0.25)
@@ -141,6 +142,7 @@ def run(capsys, *words):
     return capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_command_plans_bert_base(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = ["scripts/experiments/bert_base.toml", "--ranks", "1,512,4096", "data.corpus=nowhere"]

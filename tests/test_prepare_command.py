@@ -115,6 +115,7 @@ def test_show_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert done.returncode == 2 and "is none of: checkpoint, run, corpus, ticket" in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not on this machine")
 def test_a_real_dump_becomes_a_corpus(tmp_path: Path) -> None:
     dump = SHARED / "wikipedia" / "enwiki-201605-206-pages.xml.bz2"
@@ -129,6 +130,7 @@ def test_a_real_dump_becomes_a_corpus(tmp_path: Path) -> None:
     assert manifest["sources"].keys() == {"wikipedia"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", [1])
 def test_a_command_killed_at_any_moments_ends_with_the_same_bytes(seed: int, tmp_path: Path) -> None:
     source = tmp_path / "source"

@@ -107,6 +107,7 @@ def check(found: dict[tuple[Setup, Setup, str], float]) -> None:
         assert difference <= bound, f"{saved} -> {loaded}, {when} the draw: {difference}"
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_goes_on_with_other_ranks_at_another_stage(tmp_path):
     found = differences(tmp_path, SAMPLE)
     assert len(found) == 2 * len(SAMPLE)

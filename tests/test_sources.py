@@ -255,6 +255,7 @@ def test_python_docs_is_prose_without_repeats_or_code(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.thorough
 def test_this_python_carries_over_a_million_characters_of_prose() -> None:
     assert sum(len(raw.text) for raw in read("python-docs")) > 1_000_000
 

@@ -192,6 +192,7 @@ def snippets():
     return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
 
+@pytest.mark.thorough
 def test_every_snippet_of_the_page_runs_in_its_order_where_the_package_is_not(exports, tmp_path):
     folder, model = exports["compact"]
     (tmp_path / "models").mkdir()

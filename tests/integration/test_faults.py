@@ -34,6 +34,7 @@ def assert_goes_on(folder, name):
     assert told(folder.metrics(name)) == told(folder.metrics("unbroken"))
 
 
+@pytest.mark.thorough
 def test_a_rank_that_hangs_is_named_with_what_it_was_at_and_its_stack_is_kept(unbroken):
     soon = [*SHORT, "hang_seconds=5"]
     codes = unbroken.run("name=hangs", *soon, **{VARIABLE: "hang@step.data#11:1"})
@@ -45,7 +46,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_was_at_and_its_stack_is_kept(un
     assert_goes_on(unbroken, "hangs")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_a_rank_that_is_killed_is_named_by_the_other(unbroken, victim):
     codes = unbroken.run(f"name=killed-{victim}", *SHORT, **{VARIABLE: f"kill@step.data#11:{victim}"})
     other = 1 - victim
@@ -55,6 +56,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other(unbroken, victim):
     assert_goes_on(unbroken, f"killed-{victim}")
 
 
+@pytest.mark.thorough
 def test_a_rank_that_was_stopped_does_not_answer(unbroken):
     processes = unbroken.start(
         "name=stopped", *SHORT, "hang_seconds=5", "phases.0.steps=5000", "phases.0.warmup=0.0002"
@@ -67,6 +69,7 @@ def test_a_rank_that_was_stopped_does_not_answer(unbroken):
     processes[1].wait(timeout=20)
 
 
+@pytest.mark.thorough
 def test_a_rank_that_ends_with_an_error_is_named_with_it(unbroken):
     codes = unbroken.run("name=fails", *SHORT, **{VARIABLE: "fail@draw.build:1"})
     assert codes == [LOST, 1], unbroken.log()
@@ -107,6 +110,7 @@ def test_a_sample_that_makes_the_loss_nan_is_named_and_its_step_skipped(unbroken
     assert lines[5]["loss"] is None and lines[5]["skipped_steps"] == 1 and lines[12]["skipped_steps"] == 1
 
 
+@pytest.mark.thorough
 def test_a_spike_can_send_the_run_back_past_its_batch_and_a_kill_changes_nothing(tmp_path):
     folder = Folder(tmp_path, stage=3, precision="fp32")
     environment, name = poison(folder, "40", steps=(5, 6))

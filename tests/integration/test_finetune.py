@@ -108,6 +108,7 @@ def timeless(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.thorough
 def test_a_task_is_learned_judged_answered_and_goes_on_bit_equal_after_a_kill(tmp_path):
     folder = Folder(tmp_path, tasks=["rte"])
     write_rte(tmp_path / "data")
@@ -155,6 +156,7 @@ def begun(path: Path) -> Folder:
     return folder
 
 
+@pytest.mark.thorough
 def test_the_ticket_rewinds_trains_all_epochs_and_stands_beside_its_baselines_in_the_table(tmp_path, capsys):
     folder = Folder(tmp_path, tasks=["rte"], search_epochs=0.5, keep_models="compact")
     write_rte(tmp_path / "data")
@@ -194,6 +196,7 @@ def test_the_ticket_rewinds_trains_all_epochs_and_stands_beside_its_baselines_in
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["squad", "squad2"])
 def test_answers_are_found_in_their_contexts_and_written_for_the_official_scripts(tmp_path, task):
     folder = Folder(tmp_path, stage=2, tasks=[task])
@@ -279,6 +282,7 @@ def test_a_task_keeps_its_recipe_and_another_one_is_added_with_its_own(tmp_path)
     assert "result.json" in folder.log().splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
     folder = begun(tmp_path)
     assert folder.run("glue", "recipe.epochs=1.0", ranks=1) == [2]
@@ -287,6 +291,7 @@ def test_a_run_in_progress_keeps_its_recipe_but_for_the_micro_batch(tmp_path):
     assert folder.log().count("; from step 0") == 1
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_begun_on_other_rows_starts_anew(tmp_path):
     folder = begun(tmp_path)
     rows = tmp_path / "data" / "RTE" / "train.tsv"

@@ -88,8 +88,11 @@ def told(lines: list[dict]) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("stage", "precision", "optimizer"),
-    [(0, "bf16", "adamw"), (1, "fp32", "lamb"), (3, "bf16", "adamw")],  # torture.py pulls plugs at ZeRO-2
-)
+    [
+        pytest.param(0, "bf16", "adamw", marks=pytest.mark.thorough), (1, "fp32", "lamb"),
+        pytest.param(3, "bf16", "adamw", marks=pytest.mark.thorough),
+    ],  # torture.py pulls plugs at ZeRO-2
+)  # fmt: skip
 def test_a_run_killed_before_in_and_after_the_draw_equals_the_unbroken_run_to_the_last_bit(
     tmp_path, stage, precision, optimizer
 ):
@@ -149,6 +152,7 @@ def assert_the_files_are_the_shrunken_weights(checkpoints: Path) -> None:
     assert probe != [0.0] * 8
 
 
+@pytest.mark.thorough
 def test_a_run_stops_through_the_launcher_or_by_a_file_and_its_folder_is_its_own(small):
     """SIGTERM to the launcher reaches the ranks, who have 30 seconds; the file `stop` needs no signal."""
     endless = ["phases.0.steps=5000", "checkpoint.every=5000", "data.workers=1"]
@@ -235,6 +239,7 @@ def test_a_mistake_ends_with_one_message_exit_code_2_and_no_run_folder(small, wo
     assert not (small.path / "runs" / "mistake").exists()
 
 
+@pytest.mark.thorough
 def test_the_launcher_trains_and_a_run_folder_of_another_experiment_is_refused(small):
     launcher = start_launcher(small.path / "e.toml", "name=launched", "data.workers=1")
     said = launcher.communicate(timeout=240)[0]

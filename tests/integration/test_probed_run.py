@@ -89,6 +89,7 @@ def write_mrpc(folder):
         (folder / "MRPC" / f"{split}.tsv").write_text(f"{header}\n{row}\n")
 
 
+@pytest.mark.thorough
 def test_the_last_checkpoint_with_its_ticket_is_tuned_by_the_real_command_at_the_end(folder):
     one = to_toml({**FINETUNING, "seeds": [1]})
     (folder.path / "tune.toml").write_text(one)
