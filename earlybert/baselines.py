@@ -110,15 +110,18 @@ def drop_layers(module: nn.Module, layers: Sequence[Layer], *, probability: floa
     """While it trains, let each layer's input pass by it with this probability, in each forward pass anew.
 
     The layer is computed and its output left out, so every parameter has a gradient on every rank. The coins
-    are torch's own generator on the host, thrown before the pass: a seeded step repeats them, a layer that is
-    computed again in the backward pass finds its own, and a compiled layer reads a tensor like any other.
+    are torch's own generator on the host, thrown before the pass: a seeded step repeats them, and a compiled
+    layer reads a tensor like any other. A layer that is computed again in the backward pass (activation
+    checkpointing) finds the coins of the last forward pass.
     """
-    device = next(module.parameters()).device
-    stays_L = torch.ones(len(layers), dtype=torch.bool, device=device)
 
     def throw(whole: nn.Module, _: tuple[Any, ...]) -> None:
-        if whole.training:
-            stays_L.copy_(torch.rand(len(layers)) >= probability)
+        if not whole.training:
+            return
+        stays_L = (torch.rand(len(layers)) >= probability).to(next(whole.parameters()).device)
+        for layer, stays in zip(layers, stays_L.unbind(), strict=True):
+            # On the layer, not in a hook of its own: layers alike share what the compiler made of one.
+            whole.get_submodule(layer.module).stays = stays  # type: ignore[assignment]
 
     def hook(layer: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         if not layer.training:
@@ -128,8 +131,5 @@ def drop_layers(module: nn.Module, layers: Sequence[Layer], *, probability: floa
         return mixed if isinstance(output, torch.Tensor) else (mixed, *output[1:])
 
     module.register_forward_pre_hook(throw)
-    for index, layer in enumerate(layers):
-        found = module.get_submodule(layer.module)
-        # On the layer, not in a hook of its own: layers alike share what the compiler made of one.
-        found.stays = stays_L[index]  # type: ignore[assignment]
-        found.register_forward_hook(hook)
+    for layer in layers:
+        module.get_submodule(layer.module).register_forward_hook(hook)

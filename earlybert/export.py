@@ -18,20 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
-    BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
-    PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from earlybert import arithmetic, card, checkpoint, configuration, downstream, encoder
 from earlybert import model as modelling
-from earlybert.adapters import bert_layers
 from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError, sync_folder
 from earlybert.engine import Progress
@@ -39,10 +35,9 @@ from earlybert.model import (
     EarlyBertConfig,
     EarlyBertForMaskedLM,
     EarlyBertForPreTraining,
-    EarlyBertPreTrainedModel,
 )
 from earlybert.shards import tokenizer_sha256
-from earlybert.shrink import index_map, present, uncut, without_coefficients
+from earlybert.stock import stock_model
 from earlybert.ticket import Kept
 
 Form = Literal["compact", "dense"]
@@ -58,12 +53,6 @@ CODE = {
 """What transformers' Auto classes find in a compact export."""
 MARK = "earlybert_export.json"
 """Stands in every export, so that an export may replace an older one and nothing else."""
-_SHARED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings",
-    "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id",
-)  # fmt: skip
-"""Settings that stock BERT has by the same names."""
 TOLERANCE = 1e-5
 
 
@@ -186,70 +175,6 @@ def read_run(path: Path) -> Source:
         neurons=progress.neurons,
         training=training,
     )
-
-
-def dense_weights(
-    config: EarlyBertConfig,
-    weights: Mapping[str, torch.Tensor],
-    *,
-    heads: Kept | None = None,
-    neurons: Kept | None = None,
-) -> dict[str, torch.Tensor]:
-    """`weights` in the dense model's shape: coefficients folded in, zeros where heads and neurons went.
-
-    `heads` and `neurons`: kept indices; where there was no draw, the first of each layer.
-    """
-    layers = bert_layers(config.num_hidden_layers)
-    weights = without_coefficients(layers, weights)
-    if heads is None or neurons is None:  # layers that were small from the start are filled up
-        heads = tuple(tuple(range(width)) for width in config.heads_per_layer)
-        neurons = tuple(tuple(range(width)) for width in config.neurons_per_layer)
-    cuts = index_map(
-        layers,
-        present(heads),
-        present(neurons),
-        head_size=config.head_size,
-        head_widths=[config.num_attention_heads] * len(layers),
-        neuron_widths=[config.intermediate_size] * len(layers),
-    )
-    return {name: uncut(value, cuts.get(name)) for name, value in weights.items()}
-
-
-def refuse_unlike_stock(config: EarlyBertConfig) -> None:
-    """Raise EarlyBertError for a model that stock BERT cannot hold."""
-    if config.num_attention_heads * config.head_size != config.hidden_size:
-        raise EarlyBertError(
-            f"head_size {config.head_size} x {config.num_attention_heads} heads is not hidden_size "
-            f"{config.hidden_size}: stock BERT cannot hold it; use the compact form"
-        )
-    if config.pre_norm:
-        raise EarlyBertError(
-            "the model was trained with model.pre_norm: stock BERT has its LayerNorms elsewhere; use the "
-            "compact form"
-        )
-
-
-def stock_model(
-    trained: EarlyBertPreTrainedModel,
-    weights: Mapping[str, torch.Tensor],
-    *,
-    heads: Kept | None = None,
-    neurons: Kept | None = None,
-) -> PreTrainedModel:
-    """`dense_weights` in the stock class under the same head. Raises EarlyBertError where there is none."""
-    config: Any = trained.config
-    refuse_unlike_stock(config)
-    values = {name: getattr(config, name) for name in _SHARED}
-    if type(trained).__name__.endswith("Classification"):
-        values |= {"id2label": config.id2label, "problem_type": config.problem_type}
-    stock = getattr(transformers, type(trained).__name__.removeprefix("Early"))(BertConfig(**values))
-    own = "" if hasattr(stock, "bert") else "bert."  # BertModel's own parameters have no prefix
-    found = dense_weights(config, weights, heads=heads, neurons=neurons)
-    found = {name.removeprefix(own): value for name, value in found.items()}
-    assert found.keys() >= {name for name, _ in stock.named_parameters()}
-    told = stock.load_state_dict(found, strict=False)  # what is missing is tied to what is there
-    assert not told.unexpected_keys, told
-    return stock.eval()
 
 
 def _model(source: Source) -> EarlyBertForPreTraining:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from earlybert import checkpoint, dist, export, mechanics, pretrained, run, tasks, tuned
+from earlybert import checkpoint, dist, mechanics, pretrained, run, stock, tasks, tuned
 from earlybert.account import parameter_count
 from earlybert.config import EarlyBertError, read_json, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering
@@ -109,7 +109,7 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     run.check_cores(precision=precision)
     origin = Origin.read(settings.model)
     if settings.keep_models == "dense":
-        export.refuse_unlike_stock(origin.config)
+        stock.refuse_unlike_stock(origin.config)
     for recipe in map(settings.of, settings.tasks):
         origin.check(recipe)
         tasks.check(recipe, data=settings.data)
@@ -121,12 +121,11 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
             tuned.check(settings, precision=precision)
             if dist.rank() == 0:
                 run.describe(settings, mechanics_values, corpus=origin.fingerprint)
-            kept = settings.keep_models != "none"
             for name in settings.tasks:
                 recipe = settings.of(name)
                 folders = {seed: claim.folder / name / f"seed-{seed}" for seed in settings.seeds}
                 done = dist.from_rank_0({seed for seed, f in folders.items() if (f / "result.json").exists()})
-                _tell_done(name, {seed: folders[seed] for seed in sorted(done)}, kept=kept)
+                _tell_done(name, {seed: folders[seed] for seed in sorted(done)}, form=settings.keep_models)
                 if done == folders.keys():
                     continue
                 watch.mark(f"reading {name}")
@@ -153,12 +152,14 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
     return True
 
 
-def _tell_done(task: str, folders: Mapping[int, Path], *, kept: bool) -> None:
-    """Say which seeds are not tuned again, on rank 0; `kept`: their models are asked for."""
+def _tell_done(task: str, folders: Mapping[int, Path], *, form: str) -> None:
+    """Say which seeds are not tuned again, on rank 0; `form`: in which their models are asked for."""
     for seed, folder in folders.items() if dist.rank() == 0 else ():
-        lost = kept and not (folder / "model").is_dir()
-        again = f"; its model was not kept: remove {folder} to tune it again" if lost else ""
+        mark = folder / "model" / pretrained.MARK
+        kept = read_json(mark).get("form") if mark.is_file() else "none"
+        lost = f"its model was not kept in the {form} form: remove {folder} to tune it again"
         score = read_json(folder / "result.json").get("score", math.nan)
+        again = f"; {lost}" if form not in ("none", kept) else ""
         print(f"{task}, seed {seed}: done before, {score:.2f}{again}", flush=True)
 
 

@@ -68,16 +68,6 @@ def start_ranks() -> None:
     _forget_shared_buffer()  # every rank has it open now: without a name it goes with the last of them
 
 
-def settle_imports() -> None:
-    """Leave what was imported out of every later garbage collection: some 400,000 objects that stay.
-
-    For a program of its own, before its first model (what is made earlier and dropped later in a cycle would
-    never be freed). A collection over them takes half a second on a slow core, in every tear-down and in
-    whatever step of whatever rank Python happens to collect.
-    """
-    gc.freeze()
-
-
 def _ranks_of_slurm() -> dict[str, str]:
     """What a launcher would set, from the variables that srun gives every task of a step."""
     task = os.environ

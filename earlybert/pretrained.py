@@ -28,10 +28,11 @@ from earlybert.downstream import (
     EarlyBertModel,
 )
 from earlybert.engine import Engine
-from earlybert.export import MARK, Form, carry_code, new_folder, refuse_difference, stock_model
+from earlybert.export import MARK, Form, carry_code, new_folder, refuse_difference
 from earlybert.model import EarlyBertForMaskedLM, EarlyBertForPreTraining, EarlyBertPreTrainedModel
 from earlybert.saved_card import Saved
 from earlybert.shrink import index_map, present, uncut, without_coefficients
+from earlybert.stock import stock_model
 
 
 def save(
@@ -118,8 +119,8 @@ def _write(
         loaded = load(hidden) if form == "compact" else type(written).from_pretrained(hidden).eval()
         difference, scale = _difference(trained, loaded)
         refuse_difference(to, difference, scale=scale, form=form)
-        shape = adapter.shape(trained)
-        saved = Saved(written, form, shape, engine.progress, difference)
+        shape, filled = adapter.shape(trained), _size(written) > _size(trained)
+        saved = Saved(written, form, shape, engine.progress, difference, filled)
         (hidden / "README.md").write_text(saved_card.write(saved, result), encoding="utf-8")
         (hidden / MARK).write_text(json.dumps({"form": form, "largest_difference": difference}) + "\n")
     return difference
@@ -153,6 +154,11 @@ def _filled(adapter: adapters.Adapter, config: Any, weights: dict[str, torch.Ten
     module.load_state_dict(weights, strict=False)  # what is missing is tied to what is there, or a buffer
     adapter.attach(module)
     return module.eval()
+
+
+def _size(module: nn.Module) -> int:
+    """Elements of parameters, without coefficients."""
+    return sum(p.numel() for name, p in module.named_parameters() if not name.endswith(".coefficients"))
 
 
 def _difference(trained: nn.Module, loaded: nn.Module) -> tuple[float, float]:

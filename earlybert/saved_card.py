@@ -49,6 +49,8 @@ class Saved:
     progress: Progress
     difference: float
     """Largest difference of logits between what was written and the trained model."""
+    filled: bool = False
+    """True where zeros stand for heads and neurons that the trained model has not."""
 
     @property
     def dense(self) -> Widths:
@@ -109,7 +111,7 @@ def _shape(saved: Saved) -> list[str]:
         lines.append(", ".join(f"{after:,} {what}" for what, _, after in rows) + ".")
     count = sum(p.numel() for n, p in saved.module.named_parameters() if not n.endswith(".coefficients"))
     lines.append(f"The file has {count:,} parameters.")
-    if saved.form == "dense" and saved.progress.tickets:
+    if saved.filled:
         lines.append("Heads and neurons that were removed stand in it as zeros.")
     lines.append(
         f"Largest difference of logits between this file and the trained model: {saved.difference:.3g}."

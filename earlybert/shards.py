@@ -270,7 +270,7 @@ class Corpus:
     def document_sources(self) -> np.ndarray:
         """Of each document the place of its source in `sources`, int64 [documents]."""
         names = pa.array(self.sources)
-        parts = [pc.index_in(batch.source, names).to_numpy(zero_copy_only=False) for batch in self._batches]
+        parts = [np.from_dlpack(pc.index_in(batch.source, names)) for batch in self._batches]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     @classmethod

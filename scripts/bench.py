@@ -222,16 +222,18 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    from benchmarks.engines import about
+    from earlybert.config import settled_imports
 
-    from earlybert import dist
-    from earlybert.lifecycle import end_ranks, settle_imports, start_ranks
+    with settled_imports():
+        from benchmarks.engines import about
 
+        from earlybert import dist
+        from earlybert.lifecycle import end_ranks, start_ranks
+
+        command = importlib.import_module(f"benchmarks.{arguments.command}")
     start_ranks()
     folder = dist.from_rank_0(Path(tempfile.mkdtemp()) if dist.rank() == 0 else None)
     assert folder is not None
-    command = importlib.import_module(f"benchmarks.{arguments.command}")
-    settle_imports()
     figures = {**about(arguments), **command.measure(arguments, folder)}
     if dist.rank() == 0:
         command.tell(figures)

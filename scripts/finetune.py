@@ -50,14 +50,15 @@ def main() -> int:
         return 0
 
     from earlybert import recipes  # after the arguments: --help and mistakes do not wait for torch
+    from earlybert.config import settled_imports
 
     settings, mechanics = recipes.load(arguments.experiment, arguments.overrides, kind=arguments.command)
 
-    from earlybert.finetune import tune
-    from earlybert.lifecycle import end_ranks, settle_imports, start_ranks
-    from earlybert.run import STOPPED
+    with settled_imports():
+        from earlybert.finetune import tune
+        from earlybert.lifecycle import end_ranks, start_ranks
+        from earlybert.run import STOPPED
 
-    settle_imports()
     start_ranks()
     try:
         done = tune(settings, mechanics, where=arguments.experiment)

@@ -24,14 +24,15 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from earlybert import experiment  # after the arguments: --help and mistakes do not wait for torch
+    from earlybert.config import settled_imports
 
     settings, mechanics = experiment.load(arguments.experiment, arguments.overrides)
 
-    from earlybert.lifecycle import end_ranks, settle_imports, start_ranks
-    from earlybert.run import STOPPED
-    from earlybert.trainer import train
+    with settled_imports():
+        from earlybert.lifecycle import end_ranks, start_ranks
+        from earlybert.run import STOPPED
+        from earlybert.trainer import train
 
-    settle_imports()
     start_ranks()
     try:
         result = train(settings, mechanics, where=arguments.experiment)

@@ -1,5 +1,6 @@
 """What a draw may be asked for: baselines, rewinding, re-warm-up, damping; each against a reference."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,26 @@ def test_a_layer_that_is_passed_by_gives_its_input_and_a_gradient_of_zero():
     assert torch.equal(plain, evaluated), "evaluation uses every layer"
     torch.testing.assert_close(passed, without)
     assert not torch.allclose(plain, passed)
+
+
+def test_each_of_two_passes_before_a_backward_pass_has_its_own_coins_and_so_has_a_copy():
+    model = tiny.seeded_model(bare(), seed=7).train()
+    baselines.drop_layers(model, bert_layers(2), probability=0.5)
+    torch.manual_seed(4)
+    apart = [gradients_of(model, model(**tiny.batch(0, i)).loss) for i in range(4)]
+    torch.manual_seed(4)
+    together = gradients_of(model, sum(model(**tiny.batch(0, i)).loss for i in range(4)))
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, sum(found[name] for found in apart), msg=name)
+    copied = copy.deepcopy(model)
+    losses = {round(copied(**tiny.batch(0, 0)).loss.item(), 6) for _ in range(20)}
+    assert 2 <= len(losses) <= 4, "two layers, each there or not"
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def rewound(stage, folder):

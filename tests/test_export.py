@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
@@ -26,10 +27,11 @@ from earlybert.downstream import (
     EarlyBertForTokenClassification,
     EarlyBertModel,
 )
-from earlybert.export import CODE, MARK, dense_weights, export, stock_model
+from earlybert.export import CODE, MARK, export
 from earlybert.finetune import tune
-from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining
+from earlybert.model import EarlyBertConfig, EarlyBertForPreTraining, EarlyBertPreTrainedModel
 from earlybert.recipes import Finetuning
+from earlybert.stock import dense_weights, stock_model
 from exports import NEURONS, WORDS, environment, trained, write_tokenizer
 
 ELSEWHERE = """
@@ -166,11 +168,14 @@ def test_dense_is_stock_bert_with_coefficients_folded_in_and_zeros_put_back(
     assert not list(to.glob("*.py"))
 
 
+LABELS = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+
+
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "small from the start"])
 @pytest.mark.parametrize("kind", list(CODE.values())[1:], ids=lambda kind: kind.__name__)
-def test_under_every_head_stock_bert_gives_the_small_models_outputs(tokenizer, kind, drawn):
+def test_under_every_head_stock_bert_gives_the_small_models_outputs(tmp_path, tokenizer, kind, drawn):
     source = trained(tokenizer)
-    config = EarlyBertConfig(**{**source.config.to_dict(), "id2label": {0: "a", 1: "b", 2: "c"}})
+    config = EarlyBertConfig(**{**source.config.to_dict(), **LABELS})
     torch.manual_seed(0)
     small = kind(config).eval()
     with torch.no_grad():
@@ -187,7 +192,10 @@ def test_under_every_head_stock_bert_gives_the_small_models_outputs(tokenizer, k
         real = mask.bool() if one.shape[:2] == mask.shape else slice(None)
         near(one[real], other[real])
     if kind in (EarlyBertForSequenceClassification, EarlyBertForTokenClassification):
-        assert stock.config.id2label == {0: "a", 1: "b", 2: "c"} and theirs[0].shape[-1] == 3
+        stock.save_pretrained(tmp_path)
+        written = AutoConfig.from_pretrained(tmp_path)
+        assert written.id2label == {0: "a", 1: "b", 2: "c"} and theirs[0].shape[-1] == 3
+        assert written.label2id == {"a": 0, "b": 1, "c": 2}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +216,38 @@ def test_what_stock_bert_cannot_hold_is_refused_before_it_is_tuned(tmp_path, tok
         tune(settings, {}, where="e.toml")
     with pytest.raises(EarlyBertError, match=f"{says}.*compact form"):
         stock_model(EarlyBertModel(config), {})
+
+
+class Users(EarlyBertForSequenceClassification):
+    """A head of a user's own."""
+
+    def __init__(self, config, width):
+        super().__init__(config)
+        self.more = torch.nn.Linear(config.hidden_size, width)
+
+
+class UsersWide(EarlyBertForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = torch.nn.Linear(config.hidden_size, 7)
+
+
+def test_models_of_a_users_own_and_untied_ones_are_stock_bert_or_refused(tokenizer):
+    config = trained(tokenizer, next_sentence=False).config
+    for model, says in (
+        (Users(config, 3), "Users has other parameters than BertForSequenceClassification .more"),
+        (UsersWide(config), "UsersWide: .*size mismatch"),
+        (EarlyBertPreTrainedModel(config), "stock BERT has no EarlyBertPreTrainedModel"),
+    ):
+        with pytest.raises(EarlyBertError, match=f"(?s){says}.*compact form"):
+            stock_model(model, dict(model.named_parameters()))
+    config.tie_word_embeddings = False
+    model = EarlyBertForPreTraining(config).eval()
+    with torch.no_grad():
+        model.cls.predictions.decoder.weight.normal_()
+    stock, ids = stock_model(model, dict(model.named_parameters())), torch.arange(5, 12)[None]
+    with torch.no_grad():
+        near(model(input_ids=ids).prediction_logits, stock(input_ids=ids).logits)
 
 
 def test_the_dense_weights_leave_the_source_alone(tokenizer):

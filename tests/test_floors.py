@@ -20,7 +20,7 @@ FLOORS = {
         "scores",
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly",
-        "probes"},
+        "probes", "stock"},
     4: {"trainer", "tuned"},
     5: {"card", "export", "saved_card", "pretrained", "origin", "finetune"},
 }  # fmt: skip

@@ -1,6 +1,8 @@
 """The ranks start under any launcher, and end so that no communication thread outlives the interpreter."""
 
+import contextlib
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import transformers
 
 import ranks
 from earlybert import dist, lifecycle
-from earlybert.config import EarlyBertError, SettingsError
+from earlybert.config import EarlyBertError, SettingsError, settled_imports
 
 
 def leave():
@@ -24,15 +26,18 @@ def leave():
 
 def settle():
     """Objects that a collection goes through before and after, and whether it frees a model in a cycle."""
-    gc.unfreeze()  # what the tests' own processes do
+    gc.unfreeze()  # which the tests' own processes are
     before = len(gc.get_objects())
-    lifecycle.settle_imports()
+    with settled_imports():
+        collects = gc.isenabled()
+    with contextlib.suppress(ImportError), settled_imports():
+        importlib.import_module("not_there")
     model = torch.nn.Linear(2, 2)
     model.itself = [model]
     told = weakref.ref(model)
     del model
     gc.collect()
-    return before, len(gc.get_objects()), told() is None
+    return before, len(gc.get_objects()), told() is None and gc.isenabled() and not collects
 
 
 def test_after_the_end_there_is_no_process_group():

@@ -11,6 +11,7 @@ import yaml
 import earlybert
 import ranks
 import tiny
+from earlybert import EarlyBertError
 from earlybert.recipes import defaults
 from exports import environment
 
@@ -49,6 +50,15 @@ def saved(folder):
     earlybert.save(engine, Path(folder) / "plain")
     earlybert.save(engine, Path(folder) / "tuned", result=RESULT)
     engine.close()
+    small = tiny.config(coefficients="none", heads_per_layer=[2, 3], neurons_per_layer=[40, 9])
+    engine = tiny.engine(1, "fp32", None, model_config=small)
+    earlybert.save(engine, Path(folder) / "stock", form="dense")
+    engine.close()
+    engine = tiny.engine(1, "fp32", None, model_config=tiny.config(coefficients="none", pre_norm=True))
+    with pytest.raises(EarlyBertError, match="LayerNorms elsewhere; use the compact form"):
+        earlybert.save(engine, Path(folder) / "refused", form="dense")
+    assert not (Path(folder) / "refused").exists()
+    engine.close()
     return kept
 
 
@@ -58,7 +68,7 @@ def pages(tmp_path_factory):
     (kept,) = ranks.run("test_saved_card:saved", ranks=1, folder=str(folder))
     told = {
         name: (folder / name / "README.md").read_text("utf-8")
-        for name in ("compact", "dense", "plain", "tuned")
+        for name in ("compact", "dense", "plain", "tuned", "stock")
     }
     return folder, kept, told
 
@@ -67,7 +77,7 @@ def metadata(page):
     return yaml.safe_load(page.split("---\n")[1])
 
 
-@pytest.mark.parametrize("name", ["compact", "dense", "plain", "tuned"])
+@pytest.mark.parametrize("name", ["compact", "dense", "plain", "tuned", "stock"])
 def test_the_lines_of_a_card_load_what_it_describes(pages, name, monkeypatch, tmp_path):
     for key, value in environment(tmp_path).items():
         monkeypatch.setenv(key, value)
@@ -79,6 +89,8 @@ def test_the_lines_of_a_card_load_what_it_describes(pages, name, monkeypatch, tm
         exec(snippet.replace("path/of/this/folder", str(folder / name)), names)
         count = sum(p.numel() for n, p in names["model"].named_parameters() if not n.endswith("coefficients"))
         assert f"The file has {count:,} parameters." in told[name]
+    assert ("stand in it as zeros" in told[name]) == (name in ("dense", "stock"))
+    assert name != "stock" or type(names["model"]) is transformers.BertForMaskedLM
 
 
 def test_a_card_has_the_ticket_layer_by_layer_and_nothing_that_the_engine_does_not_know(pages):

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from earlybert import tuned
+from earlybert import finetune, tuned
 from earlybert.config import EarlyBertError
+from earlybert.export import MARK
 from earlybert.recipes import Recipe, defaults
 
 
@@ -82,3 +83,25 @@ def test_a_finished_seed_of_another_precision_is_refused(tmp_path):
     tuned.check_task(tmp_path, recipe, precision="bf16")
     with pytest.raises(EarlyBertError, match="seed-1 is tuned in bf16, not fp32; give it a DeepSpeed JSON"):
         tuned.check_task(tmp_path, recipe, precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked", "told"),
+    [
+        (None, "none", False),
+        (None, "compact", True),
+        ("compact", "compact", False),
+        ("compact", "dense", True),
+    ],
+)
+def test_a_finished_seed_says_where_its_model_is_not_there_in_the_form_that_is_asked_for(
+    tmp_path, capsys, kept, asked, told
+):
+    (tmp_path / "result.json").write_text('{"score": 71.5}')
+    if kept is not None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / MARK).write_text(json.dumps({"form": kept}))
+    finetune._tell_done("rte", {2: tmp_path}, form=asked)
+    said = capsys.readouterr().out
+    assert said.startswith("rte, seed 2: done before, 71.50")
+    assert (f"its model was not kept in the {asked} form: remove {tmp_path}" in said) == told
