@@ -93,7 +93,7 @@ def test_a_finished_seed_of_another_precision_is_refused(tmp_path):
         ("compact", "compact", False),
         ("compact", "dense", True),
     ],
-)
+)  # fmt: skip
 def test_a_finished_seed_says_where_its_model_is_not_there_in_the_form_that_is_asked_for(
     tmp_path, capsys, kept, asked, told
 ):
