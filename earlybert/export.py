@@ -31,11 +31,7 @@ from earlybert import model as modelling
 from earlybert.checkpoint import Checkpoint
 from earlybert.config import EarlyBertError, sync_folder
 from earlybert.engine import Progress
-from earlybert.model import (
-    EarlyBertConfig,
-    EarlyBertForMaskedLM,
-    EarlyBertForPreTraining,
-)
+from earlybert.model import EarlyBertConfig, EarlyBertForMaskedLM, EarlyBertForPreTraining
 from earlybert.shards import tokenizer_sha256
 from earlybert.stock import stock_model
 from earlybert.ticket import Kept
