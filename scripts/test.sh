@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run the checks and the tests: scripts/test.sh [--thorough] [pytest arguments]
-# With --thorough also the longest tests, some 13 minutes more on two cores; CI runs it so.
+# With --thorough also the longest tests, 21 minutes instead of 11 on two slow cores; CI runs it so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 chosen="not slow and not gpu and not thorough"
