@@ -155,12 +155,10 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
 def _tell_done(task: str, folders: Mapping[int, Path], *, form: str) -> None:
     """Say which seeds are not tuned again, on rank 0; `form`: in which their models are asked for."""
     for seed, folder in folders.items() if dist.rank() == 0 else ():
-        mark = folder / "model" / pretrained.MARK
-        kept = read_json(mark).get("form") if mark.is_file() else "none"
-        lost = f"its model was not kept in the {form} form: remove {folder} to tune it again"
+        lost = form not in ("none", pretrained.form_of(folder / "model"))
+        again = f"; its model was not kept in the {form} form: remove {folder} to tune it again"
         score = read_json(folder / "result.json").get("score", math.nan)
-        again = f"; {lost}" if form not in ("none", kept) else ""
-        print(f"{task}, seed {seed}: done before, {score:.2f}{again}", flush=True)
+        print(f"{task}, seed {seed}: done before, {score:.2f}{again if lost else ''}", flush=True)
 
 
 class _Tuning:

@@ -20,7 +20,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from earlybert import adapters, dist, saved_card, state
-from earlybert.config import EarlyBertError
+from earlybert.config import EarlyBertError, read_json
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
     EarlyBertForSequenceClassification,
@@ -61,6 +61,12 @@ def save(
     if problem is not None:
         raise EarlyBertError(problem)
     return difference
+
+
+def form_of(folder: Path) -> Form | None:
+    """In which form `save` or `scripts/export.py` wrote a folder; None where they did not."""
+    mark = folder / MARK
+    return read_json(mark).get("form") if mark.is_file() else None
 
 
 def load(folder: str | Path) -> Any:

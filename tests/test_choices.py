@@ -9,7 +9,7 @@ import torch
 import ranks
 import tiny
 from earlybert import baselines, checkpoint, cutting, dist, state
-from earlybert.adapters import bert_layers
+from earlybert.adapters import bert_layers, enable_checkpointing
 from earlybert.engine import initialize
 from earlybert.model import EarlyBertForPreTraining
 from earlybert.progress import EarlyBird
@@ -132,6 +132,20 @@ def test_each_of_two_passes_before_a_backward_pass_has_its_own_coins_and_so_has_
     copied = copy.deepcopy(model)
     losses = {round(copied(**tiny.batch(0, 0)).loss.item(), 6) for _ in range(20)}
     assert 2 <= len(losses) <= 4, "two layers, each there or not"
+
+
+def test_a_layer_that_is_computed_again_finds_the_coin_of_its_pass():
+    model = tiny.seeded_model(bare(), seed=7).train()
+    baselines.drop_layers(model, bert_layers(2), probability=0.5)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        found.append([gradients_of(model, model(**tiny.batch(0, i)).loss) for i in range(6)])
+        enable_checkpointing(model)
+    for plain, again in zip(*found, strict=True):
+        assert plain.keys() == again.keys()
+        for name, gradient in plain.items():
+            assert torch.equal(again[name], gradient), name
 
 
 def gradients_of(model, loss):
