@@ -1,11 +1,15 @@
 """`bench.py transfer`: models side by side on the same tasks, several programs at a time, in slices."""
 
+import contextlib
+import importlib
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 from test_bench_downstream import SCRIPTS, write_rte
 
@@ -112,6 +116,34 @@ def test_programs_that_the_time_ends_while_they_start_are_no_failures(transfer, 
     monkeypatch.setattr(bench, "start", start)
     assert bench.measure(arguments(tmp_path, minutes=0.5 / 60))["rows"] == {}
     assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2, "two of four, as many as jobs"
+
+
+def test_a_signal_ends_the_slice_and_programs_end_with_the_one_that_started_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    time_given = importlib.import_module("benchmarks.ranks").Slice(10.0)
+    with time_given:
+        assert not time_given.over
+        signal.raise_signal(signal.SIGTERM)
+        assert time_given.over
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(SCRIPTS)!r}); from benchmarks.ranks import start; "
+        "print(*[p.pid for p in start([sys.executable, '-c', 'import time; time.sleep(600)'], ranks=2)], "
+        "flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as starter:
+        started = [psutil.Process(int(word)) for word in starter.stdout.readline().split()]
+        starter.kill()
+    late = time.monotonic() + 20
+    while any(map(_alive, started)):
+        assert time.monotonic() < late
+        time.sleep(0.05)
+    assert len(started) == 2
+
+
+def _alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.mark.parametrize(

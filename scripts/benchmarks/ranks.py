@@ -1,9 +1,12 @@
-"""A program started once a rank, on this machine."""
+"""A program started once a rank, on this machine, and the time that it gets."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +20,31 @@ _OF_A_LAUNCH = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+_PR_SET_PDEATHSIG = 1
+"""sys/prctl.h"""
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
+
+
+class Slice:
+    """The time of a comparison that goes on in slices: `over` after so many minutes, or as soon as SIGTERM or
+    SIGINT asks for an end while it is entered. What runs then is asked to save."""
+
+    def __init__(self, minutes: float) -> None:
+        from earlybert.run import Signals
+
+        self._end = time.monotonic() + 60 * minutes
+        self._signals = Signals()
+
+    def __enter__(self) -> Slice:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._signals.__exit__(*error)
+
+    @property
+    def over(self) -> bool:
+        return self._signals.asked or time.monotonic() >= self._end
 
 
 def start(
@@ -24,7 +52,8 @@ def start(
 ) -> list[subprocess.Popen]:
     """Start `command` on each rank of a new group, the cores shared out evenly; its output goes to `log`.
 
-    One rank gets no rank at all: some programs take a RANK for a launch of several.
+    One rank gets no rank at all: some programs take a RANK for a launch of several. Where this program ends
+    before them, killed or not, they get SIGTERM.
     """
     from earlybert.lifecycle import free_port
 
@@ -39,8 +68,18 @@ def start(
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(subprocess.Popen(command, env={**shared, **own}, stdout=log, stderr=log))
+        processes.append(
+            subprocess.Popen(
+                command, env={**shared, **own}, stdout=log, stderr=log, preexec_fn=_end_with_parent
+            )
+        )
     return processes
+
+
+def _end_with_parent() -> None:
+    """In a new process: be sent SIGTERM when the one that has started it ends."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def why(code: int, log: Path) -> str:

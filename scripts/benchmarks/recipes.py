@@ -9,13 +9,14 @@ this compares recipes for a dense model.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.ranks import Slice
 from benchmarks.saving import curve, finished, plot
 
 _TRIAL = 20
@@ -25,19 +26,18 @@ _TRIAL = 20
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * arguments.minutes
     told: dict[str, Any] = {
         "seconds": arguments.seconds, "machine": machine.device(), "ranks": arguments.ranks,
         "versions": machine.versions("torch", "deepspeed", "transformers"), "recipes": {}, "curves": {},
     }  # fmt: skip
     seeds = range(1, arguments.seeds + 1)
-    for seed in seeds:
-        for path in arguments.experiment:
-            words = _words(path, arguments, deadline=deadline)
+    with Slice(arguments.minutes) as time_given:
+        for seed, path in itertools.product(seeds, arguments.experiment):
+            words = _words(path, arguments, time_given)
             if words is None:
                 break
             name = f"{path.stem}-{seed}"
-            finished(name, [*words, f"seed={seed}"], out=out, ranks=arguments.ranks, deadline=deadline)
+            finished(name, [*words, f"seed={seed}"], out=out, ranks=arguments.ranks, time_given=time_given)
     for path in arguments.experiment:
         names = [f"{path.stem}-{seed}" for seed in seeds]
         curves = [curve(out / name) for name in names if (out / name / "done").exists()]
@@ -74,7 +74,7 @@ def stretched(steps: list[int], step_seconds: list[float], *, seconds: float) ->
     return [max(1, round(factor * n)) for n in steps]
 
 
-def _words(path: Path, arguments: argparse.Namespace, *, deadline: float) -> list[str] | None:
+def _words(path: Path, arguments: argparse.Namespace, time_given: Slice) -> list[str] | None:
     """The experiment with its stretched schedule; None where the time is up before its trial has ended."""
     from earlybert.experiment import load
 
@@ -87,7 +87,7 @@ def _words(path: Path, arguments: argparse.Namespace, *, deadline: float) -> lis
     rare = [f"evaluate.every={10**6}", f"log_every={_TRIAL // 2}"]
     name = f"trial-{path.stem}"
     words = [str(path), *same, *trial, *rare]
-    if not finished(name, words, out=arguments.out, ranks=arguments.ranks, deadline=deadline):
+    if not finished(name, words, out=arguments.out, ranks=arguments.ranks, time_given=time_given):
         return None
     lines = (arguments.out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     took: dict[int, float] = {}  # the later line of a phase is the warm one

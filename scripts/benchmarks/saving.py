@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.ranks import start
+from benchmarks.ranks import Slice, start
 from earlybert.config import EarlyBertError, read_json
 from earlybert.run import STOPPED
 
@@ -90,7 +90,6 @@ class Curve:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    deadline = time.monotonic() + 60 * arguments.minutes
     arguments.variants = dict(_variant(text) for text in arguments.also or [])
     arguments.arm = [arm for arm in ARMS if arguments.arm is None or arm in arguments.arm]
     arguments.arm += arguments.variants
@@ -98,12 +97,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(1, arguments.seeds + 1)
     grid = [Run(arm, rate, 1) for arm in arguments.arm for rate in arguments.rates]
-    for run in grid:
-        if not _finish(run, arguments, deadline=deadline):
-            return figures(arguments)
-    for run in [replace(best(arm, arguments), seed=seed) for seed in seeds[1:] for arm in arguments.arm]:
-        if not _finish(run, arguments, deadline=deadline):
-            break
+    with Slice(arguments.minutes) as time_given:
+        if all(_finish(run, arguments, time_given) for run in grid):
+            winners = [
+                replace(best(arm, arguments), seed=seed) for seed in seeds[1:] for arm in arguments.arm
+            ]
+            for run in winners:
+                if not _finish(run, arguments, time_given):
+                    break
     return figures(arguments)
 
 
@@ -237,15 +238,15 @@ def _done(run: Run, out: Path) -> bool:
     return (out / run.name / "done").exists()
 
 
-def _finish(run: Run, arguments: argparse.Namespace, *, deadline: float) -> bool:
+def _finish(run: Run, arguments: argparse.Namespace, time_given: Slice) -> bool:
     """Take a run to its end; False where the time is up before."""
     if _done(run, arguments.out):  # then the files that its words come from may be gone
         return True
     words = [str(arguments.experiment), *_words(run, arguments)]
-    return finished(run.name, words, out=arguments.out, ranks=arguments.ranks, deadline=deadline)
+    return finished(run.name, words, out=arguments.out, ranks=arguments.ranks, time_given=time_given)
 
 
-def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, deadline: float) -> bool:
+def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, time_given: Slice) -> bool:
     """Take the run of `words` to its end in `out`/`name`; False where the time is up before.
 
     A run that has ended once is left alone, one that was stopped goes on. Raises RuntimeError with the log's
@@ -253,10 +254,10 @@ def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, deadline
     """
     if (out / name / "done").exists():
         return True
-    if time.monotonic() >= deadline:
+    if time_given.over:
         return False
     began = time.monotonic()
-    codes = _launch([*words, f"name={name}"], ranks=ranks, deadline=deadline, log=out / f"{name}.log")
+    codes = _launch([*words, f"name={name}"], ranks=ranks, time_given=time_given, log=out / f"{name}.log")
     if set(codes) == {0}:
         (out / name / "done").touch()
         held = curve(out / name)
@@ -321,13 +322,13 @@ def _variant(text: str) -> tuple[str, list[str]]:
     return name.strip(), words.split()
 
 
-def _launch(words: Sequence[str], *, ranks: int, deadline: float, log: Path) -> list[int]:
+def _launch(words: Sequence[str], *, ranks: int, time_given: Slice, log: Path) -> list[int]:
     """Start the ranks, ask them to stop when the time is up, and return their exit codes."""
     with open(log, "a") as told:
         processes = start([sys.executable, str(_PRETRAIN), *words], ranks=ranks, log=told)
         asked = False
         while any(process.poll() is None for process in processes):
-            if not asked and time.monotonic() >= deadline:
+            if not asked and time_given.over:
                 asked = True
                 for process in processes:
                     process.send_signal(signal.SIGTERM)

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.downstream import same, there
-from benchmarks.ranks import start, why
+from benchmarks.ranks import Slice, start, why
 from earlybert import mechanics, recipes, scores, tuned
 from earlybert.config import EarlyBertError, read_json
 from earlybert.recipes import SQUADS
@@ -78,7 +78,6 @@ class Job:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    deadline = time.monotonic() + 60 * arguments.minutes
     out: Path = arguments.out
     rows = dict(_row(text) for text in arguments.row)
     tasks = arguments.task or _there(arguments.glue, arguments.squad)
@@ -98,7 +97,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, words in rows.items()
     ]
     _check(jobs)
-    _work(jobs, arguments, deadline=deadline)
+    with Slice(arguments.minutes) as time_given:
+        _work(jobs, arguments, time_given)
     return figures(arguments, list(rows))
 
 
@@ -157,7 +157,7 @@ def _there(glue: Path | None, squad: Path | None) -> list[str]:
 # --- several at a time ---------------------------------------------------------------------------------
 
 
-def _work(jobs: Sequence[Job], arguments: argparse.Namespace, *, deadline: float) -> None:
+def _work(jobs: Sequence[Job], arguments: argparse.Namespace, time_given: Slice) -> None:
     """Take the jobs to their ends, or as far as the time goes. Raises EarlyBertError with a program's own
     words where one fails; the others are then asked to stop first."""
     places = list(_places(arguments.jobs))
@@ -166,7 +166,7 @@ def _work(jobs: Sequence[Job], arguments: argparse.Namespace, *, deadline: float
     failed: list[str] = []
     asked = False
     while waiting or running:
-        late = bool(failed) or time.monotonic() >= deadline
+        late = bool(failed) or time_given.over
         while waiting and not late and len(running) < len(places):
             place = next(number for number in range(len(places)) if number not in running)
             job = waiting.pop(0)
