@@ -125,9 +125,11 @@ def _forget_shared_buffer() -> None:
 def _keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks: a CPU step frees and asks for the same large tensors again and again.
 
-    By default each goes back to the system and comes as new pages (LOG.md has the times). Other C libraries
-    have no mallopt, or ignore it.
+    By default each goes back to the system and comes as new pages (LOG.md has the times). Those that are too
+    large to be kept come as huge pages: PyTorch asks for them where this stands in the environment before its
+    first tensor. Other C libraries have no mallopt, or ignore it.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and not torch.cuda.is_available():
         for parameter, value in ((_M_TRIM_THRESHOLD, 2**30), (_M_MMAP_THRESHOLD, 2**25)):

@@ -8,7 +8,7 @@ import torch
 
 import ranks
 import tiny
-from earlybert import dist, state
+from earlybert import dist, guard, state
 from earlybert.config import SettingsError
 from earlybert.guard import GuardSettings, judge, suspects
 
@@ -166,6 +166,16 @@ def norms(stage):
         )
         engine.close()
     return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_of_gradients_of_any_length_are_those_of_one_sum_in_double_precision(dtype):
+    torch.manual_seed(0)
+    most = guard._CACHED
+    given = [torch.randn(shape).to(dtype) for shape in ((), (1,), (3, most), (most,), (most + 1,), (2, 5, 7))]
+    given.append(torch.randn(40, 30).to(dtype).t())
+    whole = sum(float(x.double().square().sum()) for x in given)
+    assert guard._squares(given).item() == pytest.approx(whole, rel=1e-13)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

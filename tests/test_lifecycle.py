@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,12 +49,33 @@ def test_without_a_launcher_there_is_one_rank_and_the_process_ends_cleanly():
     program = "from earlybert import dist, lifecycle; lifecycle.start_ranks(); " + (
         "print(dist.active(), dist.rank(), dist.world_size()); lifecycle.end_ranks()"
     )
+    assert _alone(program).splitlines()[-1] == "True 0 1"
+
+
+def _alone(program):
+    """What a process prints that no launcher has started."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in names} | {"DS_ACCELERATOR": "cpu"}
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True 0 1"
+    return done.stdout
+
+
+def _huge_pages_when_asked():
+    with contextlib.suppress(OSError):
+        return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    return False
+
+
+@pytest.mark.skipif(not _huge_pages_when_asked(), reason="this system gives no huge pages, or always does")
+def test_large_tensors_come_as_huge_pages():
+    program = (
+        "import resource, torch; from earlybert import lifecycle; lifecycle.start_ranks(); "
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; before = faults(); "
+        "torch.ones(2**26); print(faults() - before); lifecycle.end_ranks()"
+    )
+    assert int(_alone(program).splitlines()[-1]) < 2**26 * 4 / 4096 / 4
 
 
 @pytest.mark.parametrize("tasks", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
