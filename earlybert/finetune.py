@@ -9,6 +9,7 @@ paper compares, and the time of both is counted.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from earlybert import checkpoint, dist, mechanics, pretrained, run, stock, tasks, tuned
+from earlybert import checkpoint, dist, judging, mechanics, pretrained, run, stock, tasks, tuned
 from earlybert.account import parameter_count
 from earlybert.config import EarlyBertError, read_json, write_atomically
 from earlybert.downstream import EarlyBertForQuestionAnswering
@@ -34,7 +35,7 @@ from earlybert.order import key_of, permute
 from earlybert.origin import Origin
 from earlybert.progress import EarlyBird, Progress
 from earlybert.recipes import Finetuning, Recipe
-from earlybert.tasks import Logits, Rows, Task
+from earlybert.tasks import Task
 from earlybert.ticket import TicketSettings
 from earlybert.watch import Watch, explained
 
@@ -96,6 +97,8 @@ class _Memory:
     steps: int = 0
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{step: {split: {metric: percent}}}."""
+    grad_norm: float | None = None
+    """Of the last line, for the line of an evaluation that was stopped."""
 
 
 def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) -> bool:
@@ -181,6 +184,7 @@ class _Tuning:
         self.settings, self.recipe, self.task, self.origin = settings, recipe, task, origin
         self.seed, self.folder, self.watch, self.claim = seed, folder, watch, claim
         self.signals = signals
+        self.stop = False
         ranks = dist.world_size()
         self.micro_batch = recipe.micro_batch or -(-recipe.batch // ranks)
         self.accumulation = -(-recipe.batch // (self.micro_batch * ranks))
@@ -206,7 +210,9 @@ class _Tuning:
             f"of {self.recipe.batch}, {parameter_count(engine.module):,} parameters; from step {self.step:,}"
         )
         stop = False
-        while self.step < self.plan.total:
+        # A signal may have stopped the evaluation after this step: then it comes first.
+        told = not self.step or self._record(engine, again=True)
+        while told and self.step < self.plan.total:
             drawn, stop = self._train_step(engine)
             if drawn:
                 _skip_padding(engine, recipe=self.recipe)  # its module is another one
@@ -215,15 +221,25 @@ class _Tuning:
                 )
                 if dist.rank() == 0 and engine.ticket is not None:
                     engine.ticket.save(self.folder / "ticket.json")
-            self._record(engine, judged=self.plan.ends_epoch(self.step - 1))
-            if self.step < self.plan.total and (stop or self.step % self.settings.checkpoint_every == 0):
+            told = self._record(engine)
+            stop = stop or not told
+            on = self.step < self.plan.total or not told
+            if on and (stop or self.step % self.settings.checkpoint_every == 0):
                 self.saver.begin(engine, step=self.step, trainer=asdict(self.memory))
                 self.saver.commit()
-            if stop and self.step < self.plan.total:
-                self._say(f"stopped at step {self.step:,}; the same command goes on from here")
-                return False
+            if on and stop:
+                break
+        if not told or self.step < self.plan.total:
+            before = "" if told else ", before its evaluation"
+            self._say(f"stopped at step {self.step:,}{before}; the same command goes on from here")
+            return False
         self._finish(engine)
         return not stop
+
+    def _asked(self) -> bool:
+        """Whether this rank is asked to stop, or was before."""
+        self.stop |= self.claim.stop_asked() or self.signals.asked
+        return self.stop
 
     def close(self) -> None:
         if self.engine is not None:
@@ -292,14 +308,14 @@ class _Tuning:
             # Ranks go in step: one without rows of its own computes one that weighs nothing.
             batch = self.task.train.collate(own or rows[:1], pad=self.origin.pad)
             torch.manual_seed(key_of("dropout", self.seed, self.step, number) >> 1)
-            loss = engine(**_moved(batch, engine.device)).loss
+            loss = engine(**judging.moved(batch, engine.device)).loss
             # DeepSpeed takes the mean over all rounds of all ranks; wanted is the mean over the rows.
             engine.backward(loss * (len(own) * self.accumulation * ranks / len(rows)))
             sums[0] += loss.detach().double() * len(own)
             del loss  # it holds the engine, which a draw must be able to free
             if micro < self.accumulation - 1:
                 engine.step()
-        sums[1] = float(self.claim.stop_asked() or self.signals.asked)
+        sums[1] = float(self._asked())
         total, stop = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
         mean = total / len(rows)
         if not math.isfinite(mean):
@@ -318,64 +334,53 @@ class _Tuning:
 
     # --- what is told ---
 
-    def _record(self, engine: Engine, *, judged: bool) -> None:
-        """Judge the model where an epoch ends, and close the line where one is due. Collective."""
-        if not judged and self.step % self.settings.log_every:
-            return
+    def _record(self, engine: Engine, *, again: bool = False) -> bool:
+        """Judge the model where an epoch ends, and close the line where one is due; with `again`, where a
+        start finds that a signal has stopped that. False where one stops it now. Collective."""
+        judged = self.plan.ends_epoch(self.step - 1) and str(self.step) not in self.memory.scores
+        if not judged and (again or self.step % self.settings.log_every):
+            return True
+        if not again:
+            self.memory.grad_norm = engine.grad_norm
         values: dict[str, Any] = {
             "step": self.step, "loss": self.memory.loss / max(1, self.memory.steps),
-            "lr": self.plan.learning_rate(self.step - 1), "grad_norm": engine.grad_norm,
+            "lr": self.plan.learning_rate(self.step - 1), "grad_norm": self.memory.grad_norm,
             "parameters": parameter_count(engine.module), "seconds": sum(self.memory.seconds.values()),
         }  # fmt: skip
-        self.memory.loss, self.memory.steps = 0.0, 0
+        scores: dict[str, dict[str, float]] = {}
         if judged:
-            scores = self.memory.scores[str(self.step)] = self._judge(
-                engine, last=self.step == self.plan.total
-            )
-            for split, found in scores.items():
-                values |= {f"{split}/{name}": value for name, value in found.items()}
+            try:
+                scores = self._judge(engine, last=self.step == self.plan.total)
+            except judging.Interrupted:
+                return False
+            self.memory.scores[str(self.step)] = scores
+        for split, found in scores.items():
+            values |= {f"{split}/{name}": value for name, value in found.items()}
+        self.memory.loss, self.memory.steps = 0.0, 0
         if self.monitor is not None:
             self.monitor.record(values)
             left = (self.plan.total - self.step) * values["seconds"] / self.step
-            told = "  ".join(
-                f"{split} {found['score']:.2f}"
-                for split, found in (self.memory.scores[str(self.step)] if judged else {}).items()
-            )
+            told = "  ".join(f"{split} {found['score']:.2f}" for split, found in scores.items())
             self._say(
                 f"step {self.step:>7,}/{self.plan.total:,}  loss {values['loss']:.3f}  lr {values['lr']:.1e}"
                 f"  eta {duration(left)}  {told}".rstrip()
             )
+        return True
 
     def _judge(self, engine: Engine, *, last: bool) -> dict[str, dict[str, float]]:
         """The metrics of each split that has labels; the `last` time all answers are written. Collective."""
         scores = {}
         for split, rows in {**self.task.evaluations, **(self.task.answers if last else {})}.items():
-            logits = self._logits(engine, rows, split=split)
+            mark = functools.partial(self.watch.mark, f"{self.recipe.task}, {split} after step {self.step}")
+            logits = judging.logits(
+                engine, self.task, rows, batch=4 * self.micro_batch, pad=self.origin.pad, asked=self._asked,
+                mark=mark,
+            )  # fmt: skip
             to = self.folder if last else None
             scores[split] = dist.from_rank_0(
                 self.task.judge(split, logits, to=to) if dist.rank() == 0 else {}
             )
         return {split: found for split, found in scores.items() if found}
-
-    def _logits(self, engine: Engine, rows: Rows, *, split: str) -> list[Logits]:
-        """What the model says to each row, on rank 0; others get what is empty. Collective."""
-        ranks, own = dist.world_size(), []
-        # Rows of like lengths go together, and each rank gets as many batches as the others.
-        order = sorted(range(len(rows)), key=lambda row: len(rows.input_ids[row]))
-        size = 4 * self.micro_batch
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
-        engine.eval()
-        with torch.no_grad():
-            for first in range(0, len(batches), ranks):
-                self.watch.mark(f"{self.recipe.task}, {split} after step {self.step}")
-                mine = batches[first + dist.rank()] if first + dist.rank() < len(batches) else []
-                batch = rows.collate(mine or order[:1], pad=self.origin.pad, targets=False)
-                output = engine(**_moved(batch, engine.device))
-                if mine:
-                    own += list(zip(mine, self.task.logits(output, batch["attention_mask"]), strict=True))
-        engine.train()
-        told = dict(pair for pairs in dist.gather_objects(own) for pair in pairs)
-        return [told[row] for row in range(len(rows))]
 
     def _finish(self, engine: Engine) -> None:
         """Write the result, and let the checkpoints go. Collective."""
@@ -440,7 +445,3 @@ def _skip_padding(engine: Engine, *, recipe: Recipe) -> None:
     if isinstance(engine.module, EarlyBertForQuestionAnswering):
         engine.module.ignores_padding = ignores = recipe.ignore_padding
     engine.module.bert.skips_padding = ignores and engine.device.type == "cpu"
-
-
-def _moved(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

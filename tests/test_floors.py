@@ -21,7 +21,7 @@ FLOORS = {
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly",
         "probes", "stock"},
-    4: {"trainer", "tuned"},
+    4: {"trainer", "tuned", "judging"},
     5: {"card", "export", "saved_card", "pretrained", "origin", "finetune"},
 }  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
