@@ -132,7 +132,8 @@ def _check_alike(found: dict[tuple[str, int], dict[str, Any]], places: dict[tupl
 def table(runs: Sequence[Run], *, each_metric: bool = False) -> str:
     """Markdown: mean score of each task with the standard deviation over seeds, their mean, and the time.
 
-    `each_metric`: a column for each metric of each task, where otherwise a task has its score, their mean.
+    `each_metric`: a column for each metric of each task, where otherwise a task has its score, their mean. A
+    cell of fewer seeds than the fullest one of its column says so.
     """
     tasks = sorted({task for run in runs for task in run.tasks}, key=_ORDER.index)
     columns = [column for task in tasks for column in (_columns(runs, task) if each_metric else [(task,)])]
@@ -141,11 +142,12 @@ def table(runs: Sequence[Run], *, each_metric: bool = False) -> str:
         "| of the first's |",
         f"|---|{'---|' * len(columns)}---|---|---|---|",
     ]
-    for run in runs:
-        cells = [
-            _cell(run.metrics(task).get((split[0], split[1]), []) if split else run.scores(task))
-            for task, *split in columns
-        ]
+    numbers = [
+        [run.metrics(task).get((split[0], split[1]), []) if split else run.scores(task) for run in runs]
+        for task, *split in columns
+    ]
+    for place, run in enumerate(runs):
+        cells = [_cell(column[place], of=max(map(len, column))) for column in numbers]
         means = [statistics.fmean(run.scores(task)) for task in tasks if run.scores(task)]
         mean = f"{statistics.fmean(means):.2f}" if len(means) == len(tasks) else ""
         parameters = max(found["parameters"] for found in run.results.values())
@@ -192,11 +194,12 @@ def picture(runs: Sequence[Run], to: Path) -> None:
         raise EarlyBertError(f"{to}: the picture cannot be written ({error})") from error
 
 
-def _cell(scores: Sequence[float]) -> str:
+def _cell(scores: Sequence[float], *, of: int) -> str:
     if not scores:
         return ""
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    return f"{statistics.fmean(scores):.2f}{spread}"
+    fewer = f" ({len(scores)} of {of} seeds)" if len(scores) < of else ""
+    return f"{statistics.fmean(scores):.2f}{spread}{fewer}"
 
 
 def title(task: str) -> str:

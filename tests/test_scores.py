@@ -56,6 +56,15 @@ def test_a_mean_over_seeds_that_are_not_alike_is_refused(tmp_path, changes, says
         scores.collect([tmp_path])
 
 
+def test_a_cell_of_fewer_seeds_says_so(tmp_path):
+    for run, task, seed in (("a", "rte", 1), ("a", "rte", 2), ("b", "rte", 2), ("b", "cola", 1)):
+        write(tmp_path / run, task, seed, score=70.0 + seed)
+    lines = scores.table(scores.collect([tmp_path / "a", tmp_path / "b"])).splitlines()
+    assert lines[0].startswith("| run | CoLA | RTE |")
+    assert lines[2].startswith("| a |  | 71.50 ± 0.71 |")
+    assert lines[3].startswith("| b | 71.00 | 72.00 (1 of 2 seeds) |")
+
+
 def test_times_of_other_machines_are_not_compared(tmp_path):
     write(tmp_path / "a", "rte", 1)
     write(tmp_path / "b", "rte", 1, seconds={"search": 10.0, "train": 50.0})
