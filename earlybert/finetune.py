@@ -289,9 +289,14 @@ class _Tuning:
         if found is not None:
             checkpoint.verify(self.engine, found)
         _skip_padding(self.engine, recipe=self.recipe)
-        if dist.rank() == 0:
-            self.monitor = Monitor(self.folder, resume_step=None if found is None else self.step)
+        if dist.rank() == 0:  # the line of an evaluation that is owed may be there, of a start that died then
+            last = None if found is None else self.step - self._owed()
+            self.monitor = Monitor(self.folder, resume_step=last)
         return self.engine
+
+    def _owed(self) -> bool:
+        """True where an epoch ends with the last step, and it was not judged yet."""
+        return self.plan.ends_epoch(self.step - 1) and str(self.step) not in self.memory.scores
 
     # --- a step ---
 
@@ -337,7 +342,7 @@ class _Tuning:
     def _record(self, engine: Engine, *, again: bool = False) -> bool:
         """Judge the model where an epoch ends, and close the line where one is due; with `again`, where a
         start finds that a signal has stopped that. False where one stops it now. Collective."""
-        judged = self.plan.ends_epoch(self.step - 1) and str(self.step) not in self.memory.scores
+        judged = self._owed()
         if not judged and (again or self.step % self.settings.log_every):
             return True
         if not again:

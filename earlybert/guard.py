@@ -185,7 +185,7 @@ def _squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of the squares of all gradients, in double precision."""
     if gradients[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float64)).square().sum()
-    # A CPU would write each gradient out in double precision before it looks at it: a quarter of BERT-Base's
+    # A CPU would write each gradient out in double precision before it looks at it: a fifth of BERT-Base's
     # step went into that (LOG.md).
     room, total = torch.empty(_CACHED, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for gradient in gradients:

@@ -129,9 +129,11 @@ def _keep_freed_memory() -> None:
     large to be kept come as huge pages: PyTorch asks for them where this stands in the environment before its
     first tensor. Other C libraries have no mallopt, or ignore it.
     """
+    if torch.cuda.is_available():
+        return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and not torch.cuda.is_available():
+    if mallopt is not None:
         for parameter, value in ((_M_TRIM_THRESHOLD, 2**30), (_M_MMAP_THRESHOLD, 2**25)):
             mallopt(ctypes.c_int(parameter), ctypes.c_int(value))
 

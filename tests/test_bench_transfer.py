@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -118,21 +119,48 @@ def test_programs_that_the_time_ends_while_they_start_are_no_failures(transfer, 
     assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2, "two of four, as many as jobs"
 
 
+def test_programs_that_a_signal_to_all_ends_are_no_failures(transfer, tmp_path, monkeypatch):
+    bench, _ = transfer
+    write_rte(tmp_path / "data" / "RTE")
+    begun = []
+
+    def start(command, *, ranks, log, **environment):
+        program = (
+            "import os, signal; os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)"
+        )
+        begun.append(subprocess.Popen([sys.executable, "-c", program]))
+        return begun[-1:]
+
+    monkeypatch.setattr(bench, "start", start)
+    assert bench.measure(arguments(tmp_path, jobs=1))["rows"] == {}
+    assert [process.returncode for process in begun] == [-signal.SIGINT]
+
+
 def test_a_signal_ends_the_slice_and_programs_end_with_the_one_that_started_them(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     time_given = importlib.import_module("benchmarks.ranks").Slice(10.0)
     with time_given:
         assert not time_given.over
+        assert time_given.ended(143) and not time_given.ended(-signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert time_given.over
+        assert all(map(time_given.ended, (143, -signal.SIGTERM, -signal.SIGINT, 130)))
+        assert not time_given.ended(1) and not time_given.ended(0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     program = (
         f"import sys, time; sys.path.insert(0, {str(SCRIPTS)!r}); from benchmarks.ranks import start; "
         "print(*[p.pid for p in start([sys.executable, '-c', 'import time; time.sleep(600)'], ranks=2)], "
         "flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as starter:
-        started = [psutil.Process(int(word)) for word in starter.stdout.readline().split()]
-        starter.kill()
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}  # without it DeepSpeed says something first
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    ) as starter:
+        try:
+            started = [psutil.Process(int(word)) for word in starter.stdout.readline().split()]
+        finally:
+            starter.kill()
     late = time.monotonic() + 20
     while any(map(_alive, started)):
         assert time.monotonic() < late

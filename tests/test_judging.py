@@ -1,5 +1,7 @@
 """A signal is heard within an evaluation, on all ranks in the same place, and nothing is trained twice."""
 
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,19 +74,42 @@ def test_all_ranks_stop_before_the_batch_where_one_is_asked(stop_rank):
     )
 
 
-def stopped(path, stops):
-    """Tune RTE twice over; evaluations number `stops` are asked to stop, on rank 1."""
+class Lost(Exception):
+    """What a start dies of."""
+
+
+def stopped(path, stops, dies=()):
+    """Tune RTE. Evaluations number `stops` are stopped within, by a signal to rank 1 or by `stop` in the
+    folder; the start whose evaluation number `dies` is done dies before its next save."""
     real, count = judging.logits, []
 
-    def logits(*given, asked, **named):
+    def logits(*given, **named):
         count.append(1)
-        return real(*given, asked=lambda: asked() or (len(count) in stops and dist.rank() == 1), **named)
+        if len(count) in stops and dist.rank() == 1:
+            if len(count) % 2:
+                (Path(path).parent / "runs" / "stopped" / "stop").touch()
+            else:
+                signal.raise_signal(signal.SIGTERM)
+        return real(*given, **named)
 
     judging.logits = logits
+    record = finetune._Tuning._record
+
+    def dying(self, *given, **named):
+        told = record(self, *given, **named)
+        if told and len(count) in dies:
+            count.append(1)
+            raise Lost
+        return told
+
+    finetune._Tuning._record = dying
     done = []
-    while not done or not done[-1]:
+    while not done or done[-1] is not True:
         settings, values = recipes.load(path, ["name=stopped" if stops else "name=whole"], kind="glue")
-        done.append(finetune.tune(settings, values, where="e.toml"))
+        try:
+            done.append(finetune.tune(settings, values, where="e.toml"))
+        except Lost:
+            done.append("lost")
     return done, len(count)
 
 
@@ -93,13 +118,15 @@ def test_an_evaluation_that_is_stopped_comes_first_when_the_same_command_goes_on
         "batch": 16, "micro_batch": 4, "learning_rate": 3e-3, "sequence_length": 64, "epochs": 2.0,
     })  # fmt: skip
     write_rte(tmp_path / "data", rows=96)
-    for name, stops, runs in (("whole", [], [True]), ("stopped", [1, 2, 4], [False, False, False, True])):
-        for done, evaluations in ranks.run(
-            "test_judging:stopped", ranks=2, path=str(tmp_path / "e.toml"), stops=stops
+    for name, stops, dies, runs, evaluations in (
+        ("whole", [], [], [True], 3),
+        ("stopped", [1, 2, 5], [3], [False, False, "lost", False, True], 8),
+    ):
+        for told in ranks.run(
+            "test_judging:stopped", ranks=2, path=str(tmp_path / "e.toml"), stops=stops, dies=dies
         ):
-            assert done == runs and evaluations == (6 if stops else 3)
-        lines = [line["step"] for line in folder.metrics(name, "rte")]
-        assert lines == [5, 6, 10, 12]
+            assert told == (runs, evaluations)
+        assert [line["step"] for line in folder.metrics(name, "rte")] == [5, 6, 10, 12]
     assert timeless(folder.metrics("whole", "rte")) == timeless(folder.metrics("stopped", "rte"))
     whole, broken = (folder.result(name, "rte") for name in ("whole", "stopped"))
     assert (whole["scores"], whole["steps"]) == (broken["scores"], broken["steps"])

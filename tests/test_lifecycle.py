@@ -54,7 +54,7 @@ def test_without_a_launcher_there_is_one_rank_and_the_process_ends_cleanly():
 
 def _alone(program):
     """What a process prints that no launcher has started."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "THP_MEM_ALLOC_ENABLE")
     environment = {k: v for k, v in os.environ.items() if k not in names} | {"DS_ACCELERATOR": "cpu"}
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
@@ -63,8 +63,11 @@ def _alone(program):
 
 
 def _huge_pages_when_asked():
+    """Whether the kernel gives them to those who ask, and at once."""
+    folder = Path("/sys/kernel/mm/transparent_hugepage")
     with contextlib.suppress(OSError):
-        return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        chosen = [(folder / name).read_text().split("[")[1].split("]")[0] for name in ("enabled", "defrag")]
+        return chosen[0] == "madvise" and chosen[1] in ("always", "madvise", "defer+madvise")
     return False
 
 

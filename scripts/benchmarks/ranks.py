@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -27,11 +28,13 @@ _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
 
 class Slice:
     """The time of a comparison that goes on in slices: `over` after so many minutes, or as soon as SIGTERM or
-    SIGINT asks for an end while it is entered. What runs then is asked to save."""
+    SIGINT asks for an end while it is entered. What runs then is asked to save; a second signal ends this
+    program at once."""
 
     def __init__(self, minutes: float) -> None:
-        from earlybert.run import Signals
+        from earlybert.run import STOPPED, Signals
 
+        self._stopped = STOPPED
         self._end = time.monotonic() + 60 * minutes
         self._signals = Signals()
 
@@ -44,7 +47,14 @@ class Slice:
 
     @property
     def over(self) -> bool:
+        if self._signals.asked:
+            self._signals.__exit__()
         return self._signals.asked or time.monotonic() >= self._end
+
+    def ended(self, code: int) -> bool:
+        """Whether a program's exit status says that it stopped since this is over: after a checkpoint, or by
+        the signal itself, before it listened or as one of a group that got it."""
+        return code == self._stopped or (self.over and code in (-signal.SIGTERM, -signal.SIGINT, 130))
 
 
 def start(
@@ -52,8 +62,9 @@ def start(
 ) -> list[subprocess.Popen]:
     """Start `command` on each rank of a new group, the cores shared out evenly; its output goes to `log`.
 
-    One rank gets no rank at all: some programs take a RANK for a launch of several. Where this program ends
-    before them, killed or not, they get SIGTERM.
+    One rank gets no rank at all: some programs take a RANK for a launch of several. What a terminal sends
+    reaches this program alone, which asks them to stop; where it ends before them, killed or not, they get
+    SIGTERM.
     """
     from earlybert.lifecycle import free_port
 
@@ -70,16 +81,19 @@ def start(
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         processes.append(
             subprocess.Popen(
-                command, env={**shared, **own}, stdout=log, stderr=log, preexec_fn=_end_with_parent
+                command, env={**shared, **own}, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=functools.partial(_end_with, os.getpid()),
             )
-        )
+        )  # fmt: skip
     return processes
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """In a new process: be sent SIGTERM when the one that has started it ends."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # gone before the line above
+            os._exit(1)
 
 
 def why(code: int, log: Path) -> str:

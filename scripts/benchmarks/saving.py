@@ -32,7 +32,6 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.ranks import Slice, start
 from earlybert.config import EarlyBertError, read_json
-from earlybert.run import STOPPED
 
 _PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
 ARMS = ("dense", "ticket", "random", "scratch", "layerdrop")
@@ -268,7 +267,7 @@ def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, time_giv
             flush=True,
         )
         return True
-    if set(codes) <= {STOPPED, -signal.SIGTERM}:  # the other: before it listened
+    if all(map(time_given.ended, codes)):
         return False
     log = (out / f"{name}.log").read_text(errors="replace")[-3000:]
     raise RuntimeError(f"{name} ended with {codes}:\n{log}")

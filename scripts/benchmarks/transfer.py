@@ -27,7 +27,6 @@ from benchmarks.ranks import Slice, start, why
 from earlybert import mechanics, recipes, scores, tuned
 from earlybert.config import EarlyBertError, read_json
 from earlybert.recipes import SQUADS
-from earlybert.run import STOPPED
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
 _KEPT = (
@@ -187,7 +186,7 @@ def _work(jobs: Sequence[Job], arguments: argparse.Namespace, time_given: Slice)
                 spent = sum(told["seconds"].values())
                 print(f"{job.row}, {job.task}, seed {job.seed}: {told['score']:.2f}, {spent:,.0f} s",
                       file=sys.stderr, flush=True)  # fmt: skip
-            elif code != STOPPED and not (asked and code == -signal.SIGTERM):  # or before it listened
+            elif not time_given.ended(code) and not (asked and code == -signal.SIGTERM):
                 failed.append(why(code, _log(job)))
     if failed:
         raise EarlyBertError("; ".join(failed))
