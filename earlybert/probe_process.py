@@ -19,11 +19,17 @@ _PR_SET_PDEATHSIG = 1
 """linux/prctl.h"""
 
 
+def end_with(parent: int, number: int) -> None:
+    """Get the signal `number` when the process `parent`, which has started this one, dies. On Linux alone."""
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:  # it died before it could be named
+            os._exit(1)
+
+
 def main() -> None:
     parent, cores, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it could be named
-        sys.exit(1)
+    end_with(parent, signal.SIGKILL)
     os.nice(19)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
     with contextlib.suppress(OSError):

@@ -78,15 +78,21 @@ class Described(Protocol):
 
 
 class Signals:
-    """While it is entered, SIGTERM and SIGINT ask for a checkpoint and a stop: `asked` becomes true."""
+    """While it is entered, SIGTERM and SIGINT ask for a checkpoint and a stop: `asked` becomes true.
 
-    def __init__(self) -> None:
+    `once`: the first one alone, a second one does what it did before.
+    """
+
+    def __init__(self, *, once: bool = False) -> None:
         self.asked = False
+        self._once = once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         def ask(_number: int, _frame: Any) -> None:
             self.asked = True
+            if self._once:
+                self.__exit__()
 
         self._before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self

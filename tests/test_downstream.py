@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import letters
-from earlybert import finetune, tasks
+from earlybert import tasks, tuning
 from earlybert.config import EarlyBertError
 from earlybert.downstream import (
     EarlyBertForQuestionAnswering,
@@ -129,7 +129,7 @@ def test_fine_tuning_skips_padding_where_it_saves_time_and_changes_no_loss(kind,
     task = "squad" if kind is EarlyBertForQuestionAnswering else "rte"
     words = RecipeSettings(ignore_padding=ignore)
     recipe = Finetuning(name="x", model="", deepspeed="", recipe=words).of(task)
-    finetune._skip_padding(engine, recipe=recipe)
+    tuning._skip_padding(engine, recipe=recipe)
     assert engine.module.bert.skips_padding is skips
     assert getattr(engine.module, "ignores_padding", None) in (None, ignore)
 

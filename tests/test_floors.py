@@ -22,7 +22,7 @@ FLOORS = {
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly",
         "probes", "stock"},
     4: {"trainer", "tuned", "judging"},
-    5: {"card", "export", "saved_card", "pretrained", "origin", "finetune"},
+    5: {"card", "export", "saved_card", "pretrained", "origin", "tuning", "finetune"},
 }  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
@@ -50,7 +50,8 @@ SAME_FLOOR = {
     ("pretrained", "export"), ("downstream", "model"), ("downstream", "encoder"), ("model", "encoder"),
     ("tasks", "recipes"), ("squad", "squad_files"), ("scores", "recipes"),
     ("recipes", "experiment"),
-    ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"),
+    ("origin", "export"), ("finetune", "origin"), ("finetune", "pretrained"), ("finetune", "tuning"),
+    ("tuning", "origin"), ("tuning", "pretrained"),
 }  # fmt: skip
 
 

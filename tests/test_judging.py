@@ -9,7 +9,7 @@ import torch
 from integration.test_finetune import Folder, timeless, write_rte
 
 import ranks
-from earlybert import dist, finetune, judging, recipes
+from earlybert import dist, finetune, judging, recipes, tuning
 
 BATCH = 4
 
@@ -93,7 +93,7 @@ def stopped(path, stops, dies=()):
         return real(*given, **named)
 
     judging.logits = logits
-    record = finetune._Tuning._record
+    record = tuning.Tuning._record
 
     def dying(self, *given, **named):
         told = record(self, *given, **named)
@@ -102,7 +102,7 @@ def stopped(path, stops, dies=()):
             raise Lost
         return told
 
-    finetune._Tuning._record = dying
+    tuning.Tuning._record = dying
     done = []
     while not done or done[-1] is not True:
         settings, values = recipes.load(path, ["name=stopped" if stops else "name=whole"], kind="glue")

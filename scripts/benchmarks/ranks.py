@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import signal
@@ -11,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from earlybert.probe_process import end_with
 
 _OF_A_LAUNCH = (
     "RANK",
@@ -21,9 +22,6 @@ _OF_A_LAUNCH = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-_PR_SET_PDEATHSIG = 1
-"""sys/prctl.h"""
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
 
 
 class Slice:
@@ -36,7 +34,7 @@ class Slice:
 
         self._stopped = STOPPED
         self._end = time.monotonic() + 60 * minutes
-        self._signals = Signals()
+        self._signals = Signals(once=True)
 
     def __enter__(self) -> Slice:
         self._signals.__enter__()
@@ -47,8 +45,6 @@ class Slice:
 
     @property
     def over(self) -> bool:
-        if self._signals.asked:
-            self._signals.__exit__()
         return self._signals.asked or time.monotonic() >= self._end
 
     def ended(self, code: int) -> bool:
@@ -82,18 +78,10 @@ def start(
         processes.append(
             subprocess.Popen(
                 command, env={**shared, **own}, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=functools.partial(_end_with, os.getpid()),
+                preexec_fn=functools.partial(end_with, os.getpid(), signal.SIGTERM),
             )
         )  # fmt: skip
     return processes
-
-
-def _end_with(parent: int) -> None:
-    """In a new process: be sent SIGTERM when the one that has started it ends."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != parent:  # gone before the line above
-            os._exit(1)
 
 
 def why(code: int, log: Path) -> str:

@@ -186,7 +186,7 @@ def _work(jobs: Sequence[Job], arguments: argparse.Namespace, time_given: Slice)
                 spent = sum(told["seconds"].values())
                 print(f"{job.row}, {job.task}, seed {job.seed}: {told['score']:.2f}, {spent:,.0f} s",
                       file=sys.stderr, flush=True)  # fmt: skip
-            elif not time_given.ended(code) and not (asked and code == -signal.SIGTERM):
+            elif not time_given.ended(code) and not (asked and code == -signal.SIGTERM):  # another failed
                 failed.append(why(code, _log(job)))
     if failed:
         raise EarlyBertError("; ".join(failed))

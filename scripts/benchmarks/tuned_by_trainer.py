@@ -24,8 +24,8 @@ import transformers
 
 from earlybert import mechanics, recipes, tasks
 from earlybert.config import run_command, write_atomically
-from earlybert.finetune import Plan
 from earlybert.origin import Origin
+from earlybert.tuning import Plan
 
 
 class Steps(torch.utils.data.Dataset):
