@@ -140,8 +140,8 @@ class Saver:
         if not dist.from_rank_0(all(map(math.isfinite, logits))):
             raise EarlyBertError(
                 f"the model's logits are not finite after step {step}: nothing was saved, the checkpoint "
-                "before this one stays. Start again under another name= with a lower phases.learning_rate, a "
-                "longer warmup, or bf16 instead of fp16"
+                "before this one stays. Start again under another name= with a lower learning_rate, a longer "
+                "warmup, or bf16 instead of fp16"
             )
         own, anchor = state.read(engine.inner), engine.anchor
         faults.point("save.snapshot")
@@ -203,6 +203,15 @@ class Saver:
                 self._announce(self.folder / tag)
             self._retain()
         return self.folder / tag
+
+    def check(self, *, step: int) -> None:
+        """Raise EarlyBertError, on all ranks, where the save of `step`, the last one, came to nothing: for
+        whoever ends with it."""
+        if self.failed is not None:
+            raise EarlyBertError(
+                f"the checkpoint of step {step} could not be saved ({self.failed}); make room, then start "
+                "the same command again: it goes on from the checkpoint before"
+            )
 
     @property
     def _hidden(self) -> Path:

@@ -52,8 +52,7 @@ def tune(settings: Finetuning, mechanics_values: dict[str, Any], *, where: str) 
                 run.check_same(
                     {f"the rows of {name}": task.train.sha256, f"those to judge {name}": task.judged}
                 )
-                for seed in sorted(done):
-                    tuned.check_rows(folders[seed], task, data=settings.data)
+                tuned.check_rows(claim.folder / name, task, data=settings.data)
                 for seed, folder in folders.items():
                     if seed in done:
                         continue

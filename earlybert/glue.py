@@ -268,7 +268,7 @@ def _from_tsv(task: Task, path: Path, *, labelled: bool) -> Examples:
         if labelled:
             labels.append(_label(task, row[places[-1]], where=f"{path}, row {number + first}"))
         told = row[index] if index is not None else str(number)
-        indices.append(int(told) if told.isdigit() else number)
+        indices.append(int(told) if told.isdecimal() else number)
     return Examples(tuple(texts), tuple(labels) if labelled else None, tuple(indices), left_out)
 
 
@@ -282,7 +282,7 @@ def _from_parquet(task: Task, files: Sequence[Path]) -> Examples:
     try:
         names = pyarrow.parquet.read_schema(files[0]).names
         return _from_rows(task, names, rows(names), where=str(files[0]))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise EarlyBertError(f"{files[0]}: {error}; give the parquet files as the hub has them") from error
 
 
@@ -330,7 +330,7 @@ def _label(task: Task, told: Any, *, where: str) -> float:
         return degree
     if told in task.labels:
         return task.labels.index(told)
-    if str(told).isdigit() and int(told) < len(task.labels):
+    if str(told).isdecimal() and int(told) < len(task.labels):
         return int(told)
     numbers = ", ".join(f"{number} ({name})" for number, name in enumerate(task.labels))
     raise EarlyBertError(f"{where}: {told!r} is not a label of {task.name}; it has {numbers}")

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from earlybert import export, tasks
 from earlybert.adapters import bert_layers
@@ -72,6 +71,9 @@ class Origin:
             tasks.tokenizer(place, of=name),
             facts,
         )
+        # A tuned model's tokenizer cuts where its positions end, as an export's.
+        longest = min(found.tokenizer.model_max_length, config.max_position_embeddings)
+        found.tokenizer.model_max_length = longest
         largest = max(found.tokenizer.get_vocab().values())
         if not config.vocab_size - _PADDING <= largest + 1 <= config.vocab_size:
             raise EarlyBertError(
@@ -134,8 +136,8 @@ def _stock(name: str) -> tuple[EarlyBertConfig, dict[str, torch.Tensor]]:
             loaded: Any = EarlyBertModel.from_pretrained(name, config=config, output_loading_info=True)
     except EarlyBertError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a configuration's wrong values end in errors of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise EarlyBertError(
             f"{name}: no model could be read there ({reason}); give a run folder, an export, or a folder or "
             "hub name of a BERT"

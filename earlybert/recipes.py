@@ -21,6 +21,10 @@ from earlybert.schedule import PhaseSettings
 from earlybert.ticket import TicketSettings
 
 SQUADS = tuple(squad_files.FILES)
+_OF_THE_SEARCH = (
+    "every", "minimum_step", "latest_step", "settled_distance", "breakdown_distance", "on_breakdown",
+)  # fmt: skip
+"""Settings of a ticket that decide when a search of pretraining ends."""
 _SQUADS_OWN = ("stride", "ignore_padding", "n_best", "longest_answer", "null_threshold")
 
 
@@ -188,11 +192,35 @@ class Finetuning:
             raise SettingsError(f"search_epochs = {self.search_epochs}: must lie in (0, 1]")
         if self.ticket.draws > 1:
             raise SettingsError(f"ticket.draws = {self.ticket.draws}: fine-tuning draws once")
+        for name in _OF_THE_SEARCH:
+            if (value := getattr(self.ticket, name)) != getattr(TicketSettings, name):
+                raise SettingsError(
+                    f"ticket.{name} = {value}: fine-tuning searches for search_epochs of an epoch and draws "
+                    "then; leave it out"
+                )
+        if self.ticket.rewind_step:
+            raise SettingsError(
+                f"ticket.rewind_step = {self.ticket.rewind_step}: fine-tuning rewinds to the pretrained "
+                "weights; leave it out"
+            )
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.hang_seconds <= 0:
+            raise SettingsError(f"hang_seconds = {self.hang_seconds}: must be positive")
         for task in self.tasks:
-            self.of(task)
+            recipe, ticket = self.of(task), self.ticket
+            if ticket.enabled and ticket.searches and ticket.start == "keep":
+                self._check_search(recipe)
+
+    def _check_search(self, recipe: Recipe) -> None:
+        """Raise SettingsError where training ends before the search, which goes over into it."""
+        if self.search_epochs >= recipe.epochs:
+            raise SettingsError(
+                f"search_epochs = {self.search_epochs}: {recipe.task} trains for {recipe.epochs:g} epochs, "
+                "and with ticket.start=keep nothing of them would be left after the draw; search for less, "
+                "or train for more"
+            )
 
     def of(self, task: str) -> Recipe:
         """The recipe of a task: its own settings, else the experiment's, else the defaults."""

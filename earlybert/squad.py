@@ -172,20 +172,24 @@ def answers(
     ]
 
 
-def evaluate(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
+def evaluate(
+    questions: Sequence[Question], predictions: Mapping[str, str], *, impossible: bool
+) -> dict[str, float]:
     """SQuAD's official exact match and F1, in percent, of {question id: answer}, "" for none.
 
-    Where some questions have no answer, also those of each kind. Raises EarlyBertError for a question
-    without a prediction.
+    `impossible`: as SQuAD 2.0's script counts, which passes by answers of nothing but articles and
+    punctuation; 1.1's asks for one of nothing too then, and gives it no F1. Where some questions have no
+    answer, also the scores of each kind. Raises EarlyBertError for a question without a prediction.
     """
     same, overlap = {}, {}
     for question in questions:
         if question.id not in predictions:
             raise EarlyBertError(f"question {question.id}: no answer was given; give one to each, or ''")
         told = predictions[question.id]
-        right = [answer for answer in question.answers if normalized(answer)] or [""]
-        same[question.id] = max(exact(told, answer) for answer in right)
-        overlap[question.id] = max(f1(told, answer) for answer in right)
+        right = _right(question) if impossible else question.answers
+        same[question.id] = max((exact(told, answer) for answer in right), default=0.0)
+        shared = [f1(told, answer) for answer in right if impossible or normalized(answer)]
+        overlap[question.id] = max(shared, default=0.0)
     kinds = {"": [question.id for question in questions]}
     if any(not question.answers for question in questions):
         kinds["answerable "] = [question.id for question in questions if question.answers]
@@ -208,7 +212,7 @@ def best_threshold(
         assert told.null_odds is not None
         text = told.best(threshold=float("inf"))
         if question.answers:
-            gain = max(measure(text, answer) for answer in question.answers)
+            gain = max(measure(text, answer) for answer in _right(question))
         else:
             total += 1  # right as long as the threshold is below the odds
             gain = -float(bool(text))
@@ -244,12 +248,17 @@ def f1(told: str, right: str) -> float:
 # --- inside ------------------------------------------------------------------------------------------------
 
 
+def _right(question: Question) -> list[str]:
+    """What SQuAD 2.0 counts as right: "" where nothing is left of any answer."""
+    return [answer for answer in question.answers if normalized(answer)] or [""]
+
+
 def _answered(spans: list[tuple[float, str]], null: float | None, *, n_best: int) -> Answered:
     best: dict[str, float] = {}
     for logit, text in sorted(spans, key=lambda span: -span[0]):
         if text not in best and len(best) < n_best:
             best[text] = logit
-    top = next(iter(best.values()), -float("inf"))
+    top = next(iter(best.values()), 0.0)  # where no span fits: odds that JSON can hold
     odds = None
     if null is not None:
         best[""], odds = null, null - top

@@ -11,6 +11,7 @@ import collections
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ _SUFFIXES = (".json", ".json.xz", ".json.gz", ".json.bz2", ".parquet")
 _HUB_FOLDERS = {"squad": ("plain_text",), "squad2": ("squad_v2",)}
 """{task: where the hub's data set has its files}."""
 _COLUMNS = ("id", "question", "context", "answers")
+_UNREADABLE = (
+    OSError, EOFError, RecursionError, UnicodeDecodeError, json.JSONDecodeError, lzma.LZMAError, zlib.error,
+)  # fmt: skip
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
@@ -107,7 +111,7 @@ def _from_json(path: Path) -> Iterator[Question]:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             values = json.load(file)
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except _UNREADABLE as error:
         raise EarlyBertError(f"{path}: {error}; give a JSON file in SQuAD's layout") from error
     number = 0
     try:
@@ -122,9 +126,10 @@ def _from_json(path: Path) -> Iterator[Question]:
                         starts=[answer["answer_start"] for answer in given],
                     )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
-        missing = error.args[0] if isinstance(error, KeyError) else error
+        missing = isinstance(error, KeyError)
+        wrong = f"{error.args[0]!r} is missing" if missing else "something is of another type"
         raise EarlyBertError(
-            f"{path}, question {number}: {missing!r} is missing or of the wrong type; SQuAD's layout is "
+            f"{path}, question {number}: {wrong}; SQuAD's layout is "
             "data > paragraphs > context, qas > id, question, answers > text, answer_start"
         ) from error
 
@@ -135,7 +140,7 @@ def _from_parquet(files: Sequence[Path]) -> Iterator[Question]:
     for path in files:
         try:
             rows = pyarrow.parquet.read_table(path, columns=list(_COLUMNS)).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise EarlyBertError(f"{path}: {error}; the columns {', '.join(_COLUMNS)} are needed") from error
         yield from _from_rows(rows, where=str(path))
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Rows:
     """int8."""
     targets: Mapping[str, np.ndarray]
     """{argument of the model's forward pass: one value a row}; empty where there are none."""
+    longest: int
+    """No row has more tokens, nor is one padded beyond: a model need not have positions for more."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -61,7 +63,7 @@ class Rows:
     def collate(self, which: Sequence[int], *, pad: int, targets: bool = True) -> dict[str, torch.Tensor]:
         """The rows `which` as a micro-batch: input_ids, token_type_ids, attention_mask [B, T] and targets."""
         longest = max(len(self.input_ids[row]) for row in which)
-        length = -(-longest // _MULTIPLE) * _MULTIPLE
+        length = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.longest)
         ids_BT = torch.full((len(which), length), pad, dtype=torch.long)
         types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
         for place, row in enumerate(which):
@@ -130,8 +132,8 @@ def tokenizer(place: str | Path, *, of: str) -> Any:
     """Read a fast tokenizer; raises EarlyBertError where none is at `place`. `of`: whose it is."""
     try:
         found: Any = transformers.AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # damaged files end in errors of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise EarlyBertError(f"{of}: its tokenizer cannot be read from {place} ({reason})") from error
     if len(found) <= len(found.all_special_tokens):  # what transformers makes of no file at all
         raise EarlyBertError(f"{of}: its tokenizer cannot be read from {place} (no words are there)")
@@ -156,14 +158,12 @@ class GlueTask(Task):
         self.train = self._rows(_labelled(self.task, data, "train"))
         self._examples = {split: _labelled(self.task, data, split) for split in self.task.evaluations}
         self.evaluations = {split: self._rows(examples) for split, examples in self._examples.items()}
-        self.answers = {}
-        for split in self.task.evaluations.values():
-            if (found := glue.available(self.task, data, split)) is not None:
-                self._examples[split] = found
-                self.answers[split] = self._rows(found)
-        if (found := _diagnostic(self.task, data)) is not None:
-            self._examples["diagnostic"] = found
-            self.answers["diagnostic"] = self._rows(found)
+        told = {split: glue.available(self.task, data, split) for split in self.task.evaluations.values()}
+        told["diagnostic"] = _diagnostic(self.task, data)
+        # A mirror may have labels there; a task's score is that of its evaluations all the same.
+        unlabelled = {split: replace(found, labels=None) for split, found in told.items() if found}
+        self._examples |= unlabelled
+        self.answers = {split: self._rows(examples) for split, examples in unlabelled.items()}
 
     def logits(self, output: Any, mask_BT: torch.Tensor) -> list[Logits]:
         return [(row,) for row in output.logits.float().cpu().numpy()]
@@ -192,7 +192,7 @@ class GlueTask(Task):
             kind = np.int64 if self.task.labels else np.float32
             targets["labels"] = np.array(examples.labels, dtype=kind)
         ids = squad.arrays(told["input_ids"], np.int32)
-        return Rows(ids, squad.arrays(told["token_type_ids"], np.int8), targets)
+        return Rows(ids, squad.arrays(told["token_type_ids"], np.int8), targets, self._length)
 
 
 class SquadTask(Task):
@@ -208,9 +208,11 @@ class SquadTask(Task):
         cut = {"length": recipe.sequence_length, "stride": recipe.stride}
         windows = squad.windows(train, tokenizer, **cut)
         positions = {"start_positions": windows.starts, "end_positions": windows.ends}
-        self.train = Rows(windows.input_ids, windows.token_type_ids, positions)
+        longest = recipe.sequence_length
+        self.train = Rows(windows.input_ids, windows.token_type_ids, positions, longest)
         self._questions, self._windows = dev, squad.windows(dev, tokenizer, **cut)
-        self.evaluations = {"dev": Rows(self._windows.input_ids, self._windows.token_type_ids, {})}
+        ids, types = self._windows.input_ids, self._windows.token_type_ids
+        self.evaluations = {"dev": Rows(ids, types, {}, longest)}
 
     @property
     def judged(self) -> str:
@@ -232,7 +234,7 @@ class SquadTask(Task):
         best = {id: own.best(threshold=self._recipe.null_threshold) for id, own in told.items()}
         if to is not None:
             self._write(told, best, to)
-        found = squad.evaluate(self._questions, best)
+        found = squad.evaluate(self._questions, best, impossible=self._impossible)
         if self._impossible:
             for name, measure in (("exact", squad.exact), ("f1", squad.f1)):
                 threshold, most = squad.best_threshold(self._questions, answered, measure)

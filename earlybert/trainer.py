@@ -357,11 +357,8 @@ class _Trainer:
         if wait or not self.experiment.checkpoint.background:
             self.watch.mark(f"writing the checkpoint of step {self.step}")
             self.saver.commit()
-        if wait and self.saver.failed is not None:
-            raise EarlyBertError(
-                f"the checkpoint of step {self.step} could not be saved ({self.saver.failed}); make room, "
-                "then start the same command again: it goes on from the checkpoint before"
-            )
+        if wait:
+            self.saver.check(step=self.step)
 
     # --- what is shown ---
 

@@ -7,6 +7,7 @@ rows that changed are refused beside a finished seed only; a run in progress sta
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,12 @@ def begin(folder: Path, recipe: Recipe) -> None:
 def check(settings: Finetuning, *, precision: str) -> None:
     """Raise EarlyBertError, on every rank, where seeds of the experiment's tasks, asked for or not, were
     tuned by another recipe or in another precision. Collective."""
-    problem = None
-    if dist.rank() == 0:
-        try:
-            for recipe in map(settings.of, settings.tasks):
-                check_task(settings.folder / recipe.task, recipe, precision=precision)
-        except (EarlyBertError, OSError) as error:  # the others wait to hear of it
-            problem = str(error)
-    problem = dist.from_rank_0(problem)
-    if problem is not None:
-        raise EarlyBertError(problem)
+
+    def check_all() -> None:
+        for recipe in map(settings.of, settings.tasks):
+            check_task(settings.folder / recipe.task, recipe, precision=precision)
+
+    _on_rank_0(check_all)
 
 
 def check_task(folder: Path, recipe: Recipe, *, precision: str) -> None:
@@ -64,15 +61,34 @@ def check_task(folder: Path, recipe: Recipe, *, precision: str) -> None:
 
 
 def check_rows(folder: Path, task: Task, *, data: str) -> None:
-    """Raise EarlyBertError where a finished seed was tuned or judged on other rows than those of `task`, from
-    `data`."""
-    told = read_json(folder / "result.json")
-    for name, now, done in (("rows", task.train.sha256, "tuned on"), ("judged", task.judged, "judged by")):
-        if told.get(name, now) != now:
-            raise EarlyBertError(
-                f"{folder} was {done} other rows than those of {data} now; remove the folder to tune it "
-                "again, or choose another name="
-            )
+    """Raise EarlyBertError, on every rank, where a finished seed in the `folder` of a task, asked for or not,
+    was tuned or judged on other rows than those of `task`, from `data`. Collective."""
+    rows = (("rows", task.train.sha256, "tuned on"), ("judged", task.judged, "judged by"))
+
+    def check_all() -> None:
+        for path in sorted(folder.glob("seed-*/result.json")):
+            told = read_json(path)
+            for name, now, done in rows:
+                if told.get(name, now) != now:
+                    raise EarlyBertError(
+                        f"{path.parent} was {done} other rows than those of {data} now; remove the folder to "
+                        "tune it again, or choose another name="
+                    )
+
+    _on_rank_0(check_all)
+
+
+def _on_rank_0(check_all: Callable[[], None]) -> None:
+    """Call `check_all` on rank 0 and raise what it finds on every rank. Collective."""
+    problem = None
+    if dist.rank() == 0:
+        try:
+            check_all()
+        except (EarlyBertError, OSError) as error:  # the others wait to hear of it
+            problem = str(error)
+    problem = dist.from_rank_0(problem)
+    if problem is not None:
+        raise EarlyBertError(problem)
 
 
 def _recipe(seed: Path) -> dict[str, Any] | None:

@@ -53,6 +53,14 @@ class Plan:
     """True where the epochs begin anew after the draw."""
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.search and self.total <= self.search:
+            raise EarlyBertError(
+                f"{self.recipe.task}: {self.rows:,} rows give {self.total} steps of {self.recipe.batch}, and "
+                f"the ticket would be drawn after step {self.search}: nothing would train it; raise "
+                "recipe.epochs, or set ticket.start=rewind"
+            )
+
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.rows // self.recipe.batch)
@@ -160,6 +168,8 @@ class Tuning:
             if stopped or due:
                 self.saver.begin(engine, step=self.step, trainer=asdict(self.memory))
                 self.saver.commit()
+                if stopped:
+                    self.saver.check(step=self.step)
         if stopped:
             before = ", before its evaluation" if self._owed() else ""
             self._say(f"stopped at step {self.step:,}{before}; the same command goes on from here")

@@ -195,6 +195,12 @@ def main() -> int:
     for command in whole:
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
+    for option in ("json", "plot"):  # known before hours are measured
+        path = getattr(arguments, option, None)
+        if path is not None and not path.absolute().parent.is_dir():
+            from earlybert.config import EarlyBertError
+
+            raise EarlyBertError(f"--{option} {path}: {path.absolute().parent} is no folder; make it first")
     if arguments.command in ("data", "train", "saving", "recipes", "downstream", "transfer", "latency"):
         bench = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = bench.measure(arguments)

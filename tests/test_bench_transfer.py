@@ -180,6 +180,8 @@ def _alive(process):
     [
         ({"row": ["dense"]}, "--row 'dense': give 'NAME: MODEL"),
         ({"row": ["dense: ticket.enabled=true"]}, "give 'NAME: MODEL"),
+        ({"row": ["a: m", "b: m", "a: n"]}, "--row a: given twice"),
+        ({"jobs": 0}, "--jobs 0: must be at least 1"),
         ({"task": ["squad"]}, "where the files are is not said; give --squad DIR"),
         ({"task": ["rte"], "glue": None}, "give --glue DIR"),
     ],

@@ -160,6 +160,7 @@ def test_a_model_that_says_the_same_of_all_has_a_score_of_nothing():
         ("rte", ["0\tA.\tB.\tentailment", "1\tA."], "as it is", "row 3: 2 fields where 4 are needed"),
         ("cola", ["gj04\t1\t\tFine.", "gj04\t2\t\tOdd."], "as it is", "row 2: '2' is not a label of cola"),
         ("stsb", ["0\tg\tf\ty\t1\ts\ts\tA\tB\t5.5"], "as it is", "row 2: the score '5.5' is not a number fr"),
+        ("cola", ["gj04\t²\t\tFine."], "as it is", "row 1: '²' is not a label of cola"),
         ("stsb", ["0\tg\tf\ty\t1\ts\ts\tA\tB\tnan"], "as it is", "row 2: the score 'nan' is not a number"),
     ],
 )  # fmt: skip
@@ -193,6 +194,11 @@ def test_mistakes_in_the_hubs_files_are_told_with_their_row(tmp_path):
     with pytest.raises(EarlyBertError, match="1 of 2 rows have the label -1"):
         glue.read(glue.TASKS["rte"], str(tmp_path), "dev")
     path = write_parquet(tmp_path, "rte", examples)
+    table = pa.parquet.read_table(path)
+    wrong = pa.array([b"\xff"] * len(table)).view(pa.string())
+    pa.parquet.write_table(table.set_column(0, table.column_names[0], wrong), path)
+    with pytest.raises(EarlyBertError, match=str(path)):
+        glue.read(glue.TASKS["rte"], str(tmp_path), "dev")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(EarlyBertError, match=str(path)):
         glue.read(glue.TASKS["rte"], str(tmp_path), "dev")

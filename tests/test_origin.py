@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, RobertaConfig, RobertaForMaskedLM
+from transformers import AutoTokenizer, BertForSequenceClassification, RobertaConfig, RobertaForMaskedLM
 
 import letters
 from earlybert.config import EarlyBertError
@@ -97,6 +97,19 @@ def test_what_cannot_be_tuned_is_refused_in_words(tmp_path):
         path.unlink()
     with pytest.raises(EarlyBertError, match="its tokenizer cannot be read"):
         Origin.read(str(tmp_path / "bare"))
+    letters.stock_bert(tmp_path / "damaged")
+    stated = json.loads((tmp_path / "damaged" / "config.json").read_text())
+    for name, wrong in (("hidden_size", "wide"), ("num_attention_heads", 0), ("pad_token_id", 10**6)):
+        (tmp_path / "damaged" / "config.json").write_text(json.dumps({**stated, name: wrong}))
+        with pytest.raises(EarlyBertError, match="damaged: no model could be read there"):
+            Origin.read(str(tmp_path / "damaged"))
+    (tmp_path / "damaged" / "config.json").write_text(json.dumps(stated))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        whole = (tmp_path / "damaged" / name).read_text()
+        (tmp_path / "damaged" / name).write_text("[]")
+        with pytest.raises(EarlyBertError, match="its tokenizer cannot be read"):
+            Origin.read(str(tmp_path / "damaged"))
+        (tmp_path / "damaged" / name).write_text(whole)
     letters.stock_bert(tmp_path / "good")
     values = json.loads((tmp_path / "good" / "config.json").read_text())
     (tmp_path / "good" / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 3}))
@@ -106,6 +119,17 @@ def test_what_cannot_be_tuned_is_refused_in_words(tmp_path):
     weights.write_bytes(weights.read_bytes()[:5])
     with pytest.raises(EarlyBertError, match="good: no model could be read there"):
         Origin.read(str(tmp_path / "good"))
+
+
+@pytest.mark.parametrize(("told", "kept"), [(None, 96), (512, 96), (64, 64)])
+def test_its_tokenizer_cuts_where_the_positions_end_also_when_it_is_saved(tmp_path, told, kept):
+    letters.stock_bert(tmp_path / "bert")
+    path = tmp_path / "bert" / "tokenizer_config.json"
+    stated = {key: v for key, v in json.loads(path.read_text()).items() if key != "model_max_length"}
+    path.write_text(json.dumps(stated if told is None else {**stated, "model_max_length": told}))
+    Origin.read(str(tmp_path / "bert")).tokenizer.save_pretrained(tmp_path / "tuned")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert saved.model_max_length == kept and len(saved("a " * 200, truncation=True)["input_ids"]) == kept
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tmp_path):

@@ -117,6 +117,44 @@ def test_a_slice_goes_on_where_the_one_before_stopped_and_all_arms_have_the_tick
     assert done == {path: path.stat().st_mtime_ns for path in done}
 
 
+def test_a_folder_answers_one_question_and_an_arm_that_cannot_run_is_told_before_the_others_do(
+    saving, tmp_path
+):
+    values = experiment(tmp_path)
+    (tmp_path / "e.toml").write_text(to_toml(values))
+    arguments = Namespace(
+        experiment=tmp_path / "e.toml", override=[], out=tmp_path / "runs", minutes=0.0, rates=[1e-3],
+        seeds=1, share=0.8, arm=["dense"], ranks=1, also=None,
+    )  # fmt: skip
+
+    def asked(**changes):
+        return saving.measure(Namespace(**{**vars(arguments), **changes}))
+
+    asked()
+    asked(arm=["dense", "ticket"], rates=[1e-3, 3e-3], seeds=2, minutes=0.0)
+    with pytest.raises(EarlyBertError, match=r"holds results with another share \(0.8\); choose another"):
+        asked(share=1.0)
+    with pytest.raises(EarlyBertError, match="holds results with another experiment; choose another"):
+        asked(override=["model.hidden=64"])
+    with pytest.raises(EarlyBertError, match=r"layer_ratio = 1.0: .*; leave layerdrop out: name the others"):
+        asked(override=["ticket.neuron_ratio=0.9"], out=tmp_path / "other", arm=["dense", "layerdrop"])
+    (tmp_path / "e.toml").write_text(to_toml({**values, "seed": 7}))
+    with pytest.raises(EarlyBertError, match="holds results with another experiment"):
+        asked()
+
+
+def test_a_run_that_fails_is_one_line_that_says_where_to_look(saving, tmp_path):
+    values = experiment(tmp_path)
+    (tmp_path / "e.toml").write_text(to_toml(values))
+    (tmp_path / "corpus" / "manifest.json").unlink()
+    arguments = Namespace(
+        experiment=tmp_path / "e.toml", override=[], out=tmp_path / "runs", minutes=1.0, rates=[1e-3],
+        seeds=1, share=0.8, arm=["dense"], ranks=1, also=None,
+    )  # fmt: skip
+    with pytest.raises(EarlyBertError, match=r"dense-0.001-1: see .*dense-0.001-1.log: status 2"):
+        saving.measure(arguments)
+
+
 def test_a_schedule_is_stretched_in_proportion(recipes):
     assert recipes.stretched([100, 300], [0.1, 0.2], seconds=140) == [200, 600]
     assert recipes.stretched([1000, 1], [1.0, 1.0], seconds=10) == [10, 1], "no phase goes"
@@ -151,4 +189,10 @@ def test_recipes_get_the_same_time_and_the_same_held_out_rows_and_slices_go_on(r
         assert row["tokens"] == sum(p.steps * p.batch * p.sequence_length for p in run.phases)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
     assert recipes.measure(arguments) == told, "nothing is done twice"
+    with pytest.raises(EarlyBertError, match=r"holds results with another seconds \(0.3\)"):
+        recipes.measure(Namespace(**{**vars(arguments), "seconds": 0.4}))
+    (tmp_path / "elsewhere").mkdir()
+    twice = [*arguments.experiment, tmp_path / "elsewhere" / "modern.toml"]
+    with pytest.raises(EarlyBertError, match="two experiments are called modern"):
+        recipes.measure(Namespace(**{**vars(arguments), "experiment": twice}))
     assert len(done) == 4 and done == {path: path.stat().st_mtime_ns for path in done}

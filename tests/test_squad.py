@@ -1,5 +1,6 @@
 """SQuAD: windows that hold their answers, answers in the context's own words, and the official scores."""
 
+import gzip
 import json
 import lzma
 import tracemalloc
@@ -161,8 +162,35 @@ def test_no_answer_ends_before_it_begins_or_is_longer_than_asked():
     ],
 )
 def test_exact_match_and_f1_are_the_official_ones(told, right, exact, f1):
-    found = squad.evaluate([question(right or "x", right or None)], {"q": told})
+    found = squad.evaluate([question(right or "x", right or None)], {"q": told}, impossible=True)
     assert found["exact"] == 100 * exact and found["f1"] == pytest.approx(100 * f1)
+
+
+@pytest.mark.parametrize(
+    ("told", "right", "first", "second"),
+    [
+        ("the", ("a",), (1, 0), (1, 1)),  # both are of articles alone: 1.1 finds no word that they share
+        (".", ("the", "one"), (1, 0), (0, 0)),  # 2.0 leaves such an answer out where there are others
+        ("one", ("the", "one"), (1, 1), (1, 1)),
+        ("one", ("a",), (0, 0), (0, 0)),
+    ],
+)
+def test_answers_of_no_words_count_as_each_versions_own_script_counts(told, right, first, second):
+    asked = [Question("q", "?", "a one the", right, tuple(map("a one the".index, right)))]
+    for impossible, (exact, f1) in ((False, first), (True, second)):
+        found = squad.evaluate(asked, {"q": told}, impossible=impossible)
+        assert found == {"exact": 100 * exact, "f1": 100 * f1}
+
+
+def test_where_no_span_fits_the_odds_of_no_answer_are_a_number():
+    asked = [question("one two", id="a")]
+    cut = squad.windows(asked, LETTERS, length=100, stride=8)
+    length = len(cut.input_ids[0])
+    inside = np.flatnonzero(cut.offsets[0][:, 0] >= 0)
+    start, end = np.zeros(length), np.zeros(length)
+    start[inside[-1]] = end[inside[0]] = start[0] = 5.0
+    (told,) = squad.answers(asked, cut, [start], [end], impossible=True, n_best=1)
+    assert told.null_odds == 5.0 and told.best() == told.best(threshold=9.0) == ""
 
 
 def test_the_best_of_several_right_answers_counts_and_kinds_are_told_apart():
@@ -171,7 +199,7 @@ def test_the_best_of_several_right_answers_counts_and_kinds_are_told_apart():
         Question("2", "?", "one", (), ()),
         Question("3", "?", "one", (), ()),
     ]
-    found = squad.evaluate(asked, {"1": "three", "2": "", "3": "one"})
+    found = squad.evaluate(asked, {"1": "three", "2": "", "3": "one"}, impossible=True)
     assert found == pytest.approx(
         {
             "exact": 100 / 3, "f1": 100 * (2 / 3 + 1) / 3, "answerable exact": 0.0,
@@ -179,7 +207,7 @@ def test_the_best_of_several_right_answers_counts_and_kinds_are_told_apart():
         }
     )  # fmt: skip
     with pytest.raises(EarlyBertError, match="question 3: no answer was given"):
-        squad.evaluate(asked, {"1": "", "2": ""})
+        squad.evaluate(asked, {"1": "", "2": ""}, impossible=True)
 
 
 @pytest.mark.parametrize("metric", ["f1", "exact"])
@@ -199,7 +227,7 @@ def test_the_best_threshold_is_the_best_of_all(metric, cases):
 
     def reached(threshold):
         told = {q.id: a.best(threshold=threshold) for q, a in zip(asked, answered, strict=True)}
-        return squad.evaluate(asked, told)[metric]
+        return squad.evaluate(asked, told, impossible=True)[metric]
 
     threshold, best = squad.best_threshold(asked, answered, getattr(squad, metric))
     assert reached(threshold) == pytest.approx(best)
@@ -359,6 +387,20 @@ def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refuse
     for name in ("bad.json", "bad.json.xz", "bad.parquet", "none.json"):
         with pytest.raises(EarlyBertError, match=name):
             squad_files.read(tmp_path / name)
+    for name, content in (("deep.json", b"[" * 200_000), ("list.json", b"[]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(EarlyBertError, match=name):
+            squad_files.read(tmp_path / name)
+    packed = bytearray(gzip.compress(b'{"data": []}' * 1000))
+    packed[len(packed) // 2] ^= 0xFF
+    (tmp_path / "damaged.json.gz").write_bytes(packed)
+    with pytest.raises(EarlyBertError, match="damaged.json.gz"):
+        squad_files.read(tmp_path / "damaged.json.gz")
+    row = {"id": [b"a"], "question": [b"\xff"], "context": [b"one"], "answers": [None]}
+    table = pa.table({**row, "question": pa.array([b"\xff"]).view(pa.string())})
+    pa.parquet.write_table(table, tmp_path / "letters.parquet")
+    with pytest.raises(EarlyBertError, match="letters.parquet"):
+        squad_files.read(tmp_path / "letters.parquet")
     with pytest.raises(EarlyBertError, match="or a stride below 33"):
         squad.windows([question("a", "a")], LETTERS, length=100, stride=33)
     with pytest.raises(EarlyBertError, match="use a sequence_length of at least 68"):
@@ -370,11 +412,12 @@ def test_files_that_are_no_json_or_not_there_and_windows_without_room_are_refuse
 def test_the_real_files_have_their_official_counts_and_perfect_answers_score_100():
     dev = squad_files.read(SHARED / "dev-v1.1.json.xz")
     assert len(dev) == 10570
-    assert squad.evaluate(dev, {q.id: q.answers[0] for q in dev}) == {"exact": 100.0, "f1": 100.0}
+    perfect = {q.id: q.answers[0] for q in dev}
+    assert squad.evaluate(dev, perfect, impossible=False) == {"exact": 100.0, "f1": 100.0}
     part = squad_files.read(SHARED / "part-v2.0.json.xz")
     none = sum(not q.answers for q in part)
     assert len(part) == 6078 and 0 < none < 6078
-    found = squad.evaluate(part, {q.id: "" for q in part})
+    found = squad.evaluate(part, {q.id: "" for q in part}, impossible=True)
     assert found["exact"] == pytest.approx(100 * none / 6078) and found["unanswerable f1"] == 100
 
 

@@ -1,11 +1,16 @@
 """What a fine-tuning folder holds already."""
 
+import errno
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from integration.test_finetune import Folder, write_rte
 
-from earlybert import finetune, tuned
+import ranks
+from earlybert import finetune, recipes, state_files, tuned, tuning
 from earlybert.config import EarlyBertError
 from earlybert.export import MARK
 from earlybert.recipes import Recipe, defaults
@@ -65,8 +70,9 @@ class Task:
         ({"judged": "k"}, "was judged by other rows than those of glue now"),
     ],
 )  # fmt: skip
-def test_a_finished_seed_of_other_rows_is_refused(tmp_path, told, says):
-    (tmp_path / "result.json").write_text(json.dumps(told))
+def test_a_finished_seed_of_other_rows_is_refused_whichever_seed_is_asked_for(tmp_path, told, says):
+    (tmp_path / "seed-3").mkdir()
+    (tmp_path / "seed-3" / "result.json").write_text(json.dumps(told))
     if says is None:
         tuned.check_rows(tmp_path, Task, data="glue")
         return
@@ -83,6 +89,29 @@ def test_a_finished_seed_of_another_precision_is_refused(tmp_path):
     tuned.check_task(tmp_path, recipe, precision="bf16")
     with pytest.raises(EarlyBertError, match="seed-1 is tuned in bf16, not fp32; give it a DeepSpeed JSON"):
         tuned.check_task(tmp_path, recipe, precision="fp32")
+
+
+def stopped_on_a_full_disk(path):
+    """Tune RTE and be asked to stop at once, where no checkpoint can be written; what is told."""
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    state_files.write = write
+    tuning.Tuning._asked = lambda self: True
+    settings, values = recipes.load(Path(path, "e.toml"), kind="glue")
+    try:
+        return str(finetune.tune(settings, values, where="e.toml"))
+    except EarlyBertError as error:
+        return str(error)
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_no_good_end(tmp_path):
+    Folder(tmp_path, tasks=["rte"])
+    write_rte(tmp_path / "data", rows=32)
+    for told in ranks.run("test_tuned:stopped_on_a_full_disk", ranks=2, path=str(tmp_path)):
+        assert "the checkpoint of step 1 could not be saved" in told and "No space left" in told
+        assert "make room, then start the same command again" in told
 
 
 @pytest.mark.parametrize(

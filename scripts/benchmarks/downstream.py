@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.asked import same
 from benchmarks.ranks import start, why
 from earlybert import glue, recipes
 from earlybert.config import EarlyBertError, override, read_json, to_toml, write_atomically
@@ -111,15 +112,6 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
     if settings.ticket.enabled or settings.optimizer.name != "adamw":
         raise EarlyBertError("Trainer knows neither tickets nor LAMB: leave ticket and optimizer.name out")
     return path
-
-
-def same(asked: Figures, folder: Path) -> None:
-    """Raise EarlyBertError where a folder's results are of another question than `asked`."""
-    path = folder / "asked.json"
-    if path.exists() and (before := read_json(path)) != asked:
-        other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
-        raise EarlyBertError(f"{folder} holds results with another {other}; choose another --out")
-    write_atomically(path, json.dumps(asked) + "\n")
 
 
 def _model(source: Path, to: Path, *, dropout: float | None) -> None:

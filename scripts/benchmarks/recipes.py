@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.asked import same
 from benchmarks.ranks import Slice
 from benchmarks.saving import curve, finished, plot
+from earlybert.config import EarlyBertError, override, read_toml
 
 _TRIAL = 20
 """Steps of each phase in a trial; the first half warms up."""
@@ -31,6 +33,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": machine.versions("torch", "deepspeed", "transformers"), "recipes": {}, "curves": {},
     }  # fmt: skip
     seeds = range(1, arguments.seeds + 1)
+    stems = [path.stem for path in arguments.experiment]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise EarlyBertError(f"two experiments are called {twice[0]}; give their files different names")
+    for path in arguments.experiment:
+        folder = out / f"asked-{path.stem}"
+        folder.mkdir(exist_ok=True)
+        asked = {"seconds": arguments.seconds, "samples": arguments.samples, "ranks": arguments.ranks,
+                 "evaluations": arguments.evaluations}  # fmt: skip
+        same({"experiment": override(read_toml(path), arguments.override), **asked}, folder)
     with Slice(arguments.minutes) as time_given:
         for seed, path in itertools.product(seeds, arguments.experiment):
             words = _words(path, arguments, time_given)

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.ranks import Slice, start
-from earlybert.config import EarlyBertError, read_json
+from benchmarks.asked import same
+from benchmarks.ranks import Slice, start, why
+from earlybert.config import EarlyBertError, override, read_json, read_toml
 
 _PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
 ARMS = ("dense", "ticket", "random", "scratch", "layerdrop")
@@ -96,6 +97,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(1, arguments.seeds + 1)
     grid = [Run(arm, rate, 1) for arm in arguments.arm for rate in arguments.rates]
+    same(
+        {
+            "experiment": override(read_toml(arguments.experiment), arguments.override),
+            "share": arguments.share, "ranks": arguments.ranks,
+        },
+        out,
+    )  # fmt: skip
+    _check(grid, arguments)
     with Slice(arguments.minutes) as time_given:
         if all(_finish(run, arguments, time_given) for run in grid):
             winners = [
@@ -105,6 +114,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if not _finish(run, arguments, time_given):
                     break
     return figures(arguments)
+
+
+def _check(grid: Sequence[Run], arguments: argparse.Namespace) -> None:
+    """Raise EarlyBertError where a run would be refused after hours of others."""
+    from earlybert.experiment import load
+
+    for run in grid:
+        if run.arm in ("random", "scratch"):  # their words come from a ticket that is not drawn yet
+            continue
+        try:
+            load(arguments.experiment, _words(run, arguments))
+        except EarlyBertError as error:
+            raise EarlyBertError(f"{error}; leave {run.arm} out: name the others by --arm") from error
 
 
 def best(arm: str, arguments: argparse.Namespace) -> Run:
@@ -248,8 +270,8 @@ def _finish(run: Run, arguments: argparse.Namespace, time_given: Slice) -> bool:
 def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, time_given: Slice) -> bool:
     """Take the run of `words` to its end in `out`/`name`; False where the time is up before.
 
-    A run that has ended once is left alone, one that was stopped goes on. Raises RuntimeError with the log's
-    end where it fails.
+    A run that has ended once is left alone, one that was stopped goes on. Raises EarlyBertError with its own
+    words where it fails.
     """
     if (out / name / "done").exists():
         return True
@@ -269,8 +291,7 @@ def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, time_giv
         return True
     if all(map(time_given.ended, codes)):
         return False
-    log = (out / f"{name}.log").read_text(errors="replace")[-3000:]
-    raise RuntimeError(f"{name} ended with {codes}:\n{log}")
+    raise EarlyBertError(f"{name}: {why(max(codes, key=abs), out / f'{name}.log')}")
 
 
 def _words(run: Run, arguments: argparse.Namespace) -> list[str]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.downstream import same, there
+from benchmarks.asked import same
+from benchmarks.downstream import there
 from benchmarks.ranks import Slice, start, why
 from earlybert import mechanics, recipes, scores, tuned
 from earlybert.config import EarlyBertError, read_json
@@ -78,7 +79,14 @@ class Job:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path = arguments.out
-    rows = dict(_row(text) for text in arguments.row)
+    told_rows = [_row(text) for text in arguments.row]
+    rows = dict(told_rows)
+    if len(rows) < len(told_rows):
+        names = [name for name, _ in told_rows]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise EarlyBertError(f"--row {twice}: given twice; each row needs a name of its own")
+    if arguments.jobs < 1:
+        raise EarlyBertError(f"--jobs {arguments.jobs}: must be at least 1")
     tasks = arguments.task or _there(arguments.glue, arguments.squad)
     for kind, given in (("glue", arguments.glue), ("squad", arguments.squad)):
         if given is None and any((task in SQUADS) == (kind == "squad") for task in tasks):
