@@ -45,7 +45,7 @@ class Assembly:
         for phase in range(len(experiment.phases)):
             check_config(self.deepspeed_config(phase), where=experiment.deepspeed)
         self._warn_of_rounding()
-        self.corpus = Corpus.open(experiment.data.corpus, verify="size")
+        self.corpus = _opened(experiment.data.corpus)
         run.check_same({"the corpus": self.corpus.manifest.content})
         self._check_shards()
         vocabulary = self.corpus.manifest.vocab_size
@@ -160,3 +160,19 @@ class Assembly:
         wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
         if wrong:
             raise EarlyBertError("; ".join(wrong))
+
+
+def _opened(folder: str) -> Corpus:
+    """The corpus; EarlyBertError on every rank where one of them cannot open it. Collective."""
+    found: Corpus | None = None
+    wrong = None
+    try:
+        found = Corpus.open(folder, verify="size")
+    except (EarlyBertError, OSError) as error:  # the others wait to hear of it
+        wrong = str(error)
+    ranks = dist.gather_objects((socket.gethostname(), wrong))
+    alone = len({host for host, _ in ranks}) > 1
+    told = [f"{host}: {flaw}" if alone else flaw for host, flaw in ranks if flaw is not None]
+    if told or found is None:
+        raise EarlyBertError("; ".join(dict.fromkeys(told)))
+    return found

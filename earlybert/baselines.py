@@ -101,8 +101,9 @@ def layerdrop_ticket(
 
 
 def dropped_layers(count: int, *, ratio: float) -> tuple[int, ...]:
-    """Indices of `round(ratio * count)` layers in the middle of equal stretches."""
-    gone = round(ratio * count)
+    """Indices of `round(ratio * count)` layers in the middle of equal stretches; at most half of them, so
+    that the first is never among them."""
+    gone = min(round(ratio * count), count // 2)
     return tuple((2 * place + 1) * count // (2 * gone) for place in range(gone))
 
 

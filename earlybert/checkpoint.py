@@ -326,7 +326,7 @@ def newest_good(folder: Path, *, of: tuple[str, str] | None = None) -> Checkpoin
                 wrong.append("its manifest is of another experiment or corpus")
             else:
                 wrong += flaws(path, manifest, only=slice(dist.rank(), None, dist.world_size()))
-        except EarlyBertError as error:
+        except (EarlyBertError, OSError) as error:  # a disk that fails; the others wait to hear of it
             wrong.append(str(error))
         ranks = dist.gather_objects((socket.gethostname(), wrong))
         if manifest is not None and not any(found for _, found in ranks):

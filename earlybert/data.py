@@ -258,16 +258,20 @@ class PackedSamples:
             decides["boundaries"] = True
         if self._weights is not None:
             decides["weights"] = self._weights
+        count = len(self.corpus)
+        if settings.objective != "mlm+nsp" and not 2 <= round(count * settings.held_out) <= count - 2:
+            decides["least"] = 2  # a split of such a corpus could have one document before
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def split_documents(corpus: Corpus, *, settings: DataSettings, split: Split) -> np.ndarray:
     """Return the documents of a split, ascending.
 
-    Both splits have at least one, and at least two where B comes from another document.
+    Both splits have at least two, since B may come from another document and rows may be evaluated under
+    another objective than that of training; of fewer than four documents one.
     """
     count = len(corpus)
-    least = 2 if settings.objective == "mlm+nsp" else 1
+    least = 1 if count < 4 and settings.objective != "mlm+nsp" else 2
     if count < 2 * least:
         raise EarlyBertError(
             f"{corpus.folder} has {count} documents, objective {settings.objective!r} with a held-out split "

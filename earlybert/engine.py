@@ -178,9 +178,7 @@ class Engine:
         self.inner.step()
         if not boundary:
             return
-        norm = self.inner.get_global_grad_norm() if norm is None else norm
-        self._grad_norm = norm
-        self._after_step()
+        self._after_step(self.inner.get_global_grad_norm() if norm is None else norm)
 
     def skip(self) -> None:
         """Give up the gradients of this step, instead of `step` at its boundary, and count it. Collective.
@@ -193,9 +191,10 @@ class Engine:
         kept.counters["skipped_steps"] += 1
         kept.counters["global_samples"] += self.inner.train_batch_size()
         self._reopen(kept)
-        self._after_step()
+        self._after_step(None)
 
-    def _after_step(self) -> None:
+    def _after_step(self, norm: torch.Tensor | float | None) -> None:
+        self._grad_norm = norm
         if self._bird is not None and self.searching:
             if self._anchors_at(self.inner.global_steps):
                 self.anchor = state.read(self.inner, moments=False)
@@ -215,8 +214,8 @@ class Engine:
 
     @property
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step, before clipping; None before the first one. A device is
-        waited for here, not in `step`."""
+        """Global gradient norm of the last step, before clipping; None before the first and after a skipped
+        one. A device is waited for here, not in `step`."""
         return None if self._grad_norm is None else float(self._grad_norm)
 
     @property

@@ -178,5 +178,10 @@ _LAYOUTS: dict[str, type[Layout]] = {
 
 
 def layout_of(engine: Any) -> Layout:
-    """The views into a DeepSpeed engine's optimizer."""
-    return _LAYOUTS.get(type(engine.optimizer).__name__, Layout)(engine)
+    """The views into a DeepSpeed engine's optimizer; raises TypeError for a wrapper that is not known."""
+    name = type(engine.optimizer).__name__
+    if name not in _LAYOUTS and not isinstance(engine.optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"DeepSpeed wraps the optimizer in {name}, and where that keeps its state is not known"
+        )
+    return _LAYOUTS.get(name, Layout)(engine)

@@ -82,8 +82,8 @@ def load_beside(name: str, *, experiment: str | os.PathLike[str]) -> dict[str, A
 
 
 def check(values: Mapping[str, Any], *, where: str, experiment: str | None = None) -> None:
-    """Raise SettingsError for an unknown key, a value "auto", fp16 with bf16, or, when `experiment` names the
-    file of an experiment, a key that the experiment owns."""
+    """Raise SettingsError for an unknown key, a value "auto", fp16 with bf16, state that a draw cannot reach,
+    or, when `experiment` names the file of an experiment, a key that the experiment owns."""
     if experiment is not None:
         for key, owner in OWNED.items():
             if key in values:
@@ -101,6 +101,16 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
             raise SettingsError(
                 f"{where}: {section} = {json.dumps(values[section])}: must be an object, such as {inside}"
             )
+    zero = values.get("zero_optimization") or {}
+    for place, found in (
+        *((f"zero_optimization.{key}", zero.get(key)) for key in ("offload_optimizer", "offload_param")),
+        ("optimizer", values.get("optimizer")),
+    ):
+        if found is not None and not isinstance(found, Mapping):
+            inside = '{"type": "AdamW"}' if place == "optimizer" else '{"device": "cpu"}'
+            raise SettingsError(
+                f"{where}: {place} = {json.dumps(found)}: must be an object, such as {inside}"
+            )
     for section, known in _SECTIONS.items():
         if isinstance(values.get(section), Mapping):
             refuse_unknown(values[section], known, where=f"{where}: {section}")
@@ -110,7 +120,6 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
     stage = stage_of(values)
     if stage not in (0, 1, 2, 3):
         raise SettingsError(f"{where}: zero_optimization.stage = {stage!r}: choose 0, 1, 2 or 3")
-    zero = values.get("zero_optimization") or {}
     for refused, reason in (
         (
             stage == 0 and precision_of(values) == "fp16",
@@ -131,6 +140,16 @@ def check(values: Mapping[str, Any], *, where: str, experiment: str | None = Non
                 for key in ("offload_optimizer", "offload_param")
             ),
             "offload to nvme: what lies on disk cannot be read for a draw or a save; offload to cpu",
+        ),
+        (
+            bool(zero.get("zenflow")) or bool((zero.get("offload_optimizer") or {}).get("super_offload")),
+            "zenflow or super_offload: they keep optimizer states of their own, which a draw does not reach; "
+            'use {"device": "cpu"} alone',
+        ),
+        (
+            any((values.get(key) or {}).get(f"{key}_master_weights_and_grads") for key in ("bf16", "fp16")),
+            "master weights in 16 bits: checkpoints and draws keep them in fp32, and a ticket is ranked by "
+            "fp32 coefficients; leave it out",
         ),
         (
             str((values.get("optimizer") or {}).get("type", "")).lower() == "muon",
@@ -173,6 +192,8 @@ def close_traps(values: Mapping[str, Any]) -> dict[str, Any]:
     full.setdefault("timers", {"throughput": {"enabled": False}})
     # DeepSpeed knows its own optimizers by their exact type; optim.Lamb is tested under every stage here.
     full.setdefault("zero_allow_untested_optimizer", True)
+    # With an optimizer offloaded to the CPU it asks for its own Adam, which an exact resume rules out.
+    full.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = full.setdefault("zero_optimization", {"stage": 0})
     # ZeRO-3 replaces torch.nn.functional.linear for the whole process otherwise, and never undoes it.
     zero.setdefault("memory_efficient_linear", False)

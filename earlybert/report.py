@@ -40,7 +40,7 @@ def write(run: Path) -> Path:
         "steps": list(search.steps),
         "distances": {name: np.round(matrix, 5).tolist() for name, matrix in matrices.items()},
         "settled_since": dict(zip(FAMILIES, search.settled, strict=True)),
-        "broken_down": search.broken,
+        "broken_down": list(search.broken),
         "drawn_at": drawn,
         "unit": "normalised Hamming distance over its chance level: 0 the same mask, 1 independent masks",
     }
@@ -106,7 +106,7 @@ def _page(run: Path, search: Search, ticket: Ticket | None, matrices: Mapping[st
     far = search.distances[-1][1:]
     for name, settled, distance in zip(FAMILIES, search.settled, far, strict=True):
         told = "not settled" if settled is None else f"{settled:,}"
-        if search.broken == name:
+        if name in search.broken:
             told = "broken down"
         lines.append(
             f"| {name} | {told} | {'-' if distance is None else f'{distance:.3f}'} | {PAPER[name]} |"

@@ -138,7 +138,12 @@ def claim(
     if dist.rank() == 0:
         problem = _problem(experiment, corpus=corpus, where=where, origin=origin)
         if problem is None:
-            lock, problem = _lock(experiment.folder, holder)
+            try:
+                lock, problem = _lock(experiment.folder, holder)
+            except OSError as error:  # the others wait to hear of it
+                problem = (
+                    f"the run folder cannot be used ({error}); set runs= to a folder that can be written"
+                )
     problem, holder = dist.from_rank_0((problem, holder))
     if problem is None:
         blind = None if dist.rank() == 0 else _blind(experiment.folder, holder)
@@ -266,6 +271,8 @@ def _lock(folder: Path, holder: str) -> tuple[IO[str] | None, str | None]:
 def _problem(experiment: Described, *, corpus: str, where: str, origin: tuple[str, str]) -> str | None:
     folder, (what, place) = experiment.folder, origin
     stamp = folder / "environment.json"
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} exists and is not a run folder; choose another name or remove it"
     if not stamp.exists():
         if folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
             return f"{folder} exists and is not a run folder; choose another name or remove it"

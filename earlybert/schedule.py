@@ -59,7 +59,10 @@ class PhaseSettings:
             )
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup = {self.warmup}: a share of the phase's steps, in [0, 1)")
-        if self.decay == "stable" and not 0 < self.decay_share <= 1 - self.warmup:
+        if self.power <= 0:
+            raise SettingsError(f"power = {self.power}: must be positive, or the rate would not fall")
+        # 1 - 0.8 is a little less than 0.2.
+        if self.decay == "stable" and not 0 < self.decay_share <= 1 - self.warmup + 1e-9:
             raise SettingsError(
                 f"decay_share = {self.decay_share}: a share of the phase's steps, above 0 and, beside a "
                 f"warmup of {self.warmup}, at most {1 - self.warmup:g}"

@@ -23,7 +23,7 @@ import torch
 from earlybert.config import EarlyBertError, as_dict
 from earlybert.ticket import Kept, Ticket, TicketSettings, masks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FAMILIES = ("heads", "neurons")
 
 
@@ -96,8 +96,8 @@ class Search:
     `minimum_step`."""
     verdict: str | None = None
     """Why to draw now, or None."""
-    broken: str | None = None
-    """The family that broke down, or None."""
+    broken: tuple[str, ...] = ()
+    """The families that broke down at the newest look."""
 
     def due(self, step: int, *, settings: TicketSettings) -> bool:
         """True at the steps at which the coefficients are to be looked at."""
@@ -120,7 +120,7 @@ class Search:
         """
         kept = masks(heads, neurons, settings=settings)
         newest, since = len(self.steps), step - self.began
-        families, far, settled, last, broken = [], [], [], [], None
+        families, far, settled, last, broken = [], [], [], [], []
         for place, (coefficients, indices) in enumerate(zip((heads, neurons), kept, strict=True)):
             family = (self.heads, self.neurons)[place].add(indices, widths=[c.numel() for c in coefficients])
             window = range(max(0, newest - settings.window + 1), newest)
@@ -135,7 +135,7 @@ class Search:
             if not holds and before is not None:
                 moved = family.distances(newest, [before])[0]
                 if moved >= settings.breakdown_distance:
-                    broken = broken or FAMILIES[place]
+                    broken.append(FAMILIES[place])
             families.append(family)
             far.append(distance)
             settled.append(None if not holds else self.settled[place] or step)
@@ -148,16 +148,15 @@ class Search:
             distances=(*self.distances, (step, far[0], far[1])),
             settled=(settled[0], settled[1]),
             last_settled=(last[0], last[1]),
-            broken=broken,
+            broken=tuple(broken),
         )
         return replace(found, verdict=found._verdict(since, settings=settings))
 
     def ticket(self, *, settings: TicketSettings) -> Ticket:
-        """The ticket of the newest look; of a family that broke down, the last mask that had settled."""
+        """The ticket of the newest look; of families that broke down, the last masks that had settled."""
         looks = [len(self.steps) - 1] * 2
-        if self.broken is not None:
-            place = FAMILIES.index(self.broken)
-            looks[place] = self.last_settled[place] or 0
+        for place in map(FAMILIES.index, self.broken):
+            looks[place] = self._settled_look(place)
         return Ticket(
             step=self.steps[-1],
             heads=self.heads.kept(looks[0]),
@@ -172,24 +171,36 @@ class Search:
 
     def _verdict(self, since: int, *, settings: TicketSettings) -> str | None:
         step, far_heads, far_neurons = self.distances[-1]
-        if self.broken is not None:
-            place = FAMILIES.index(self.broken)
-            look = self.last_settled[place]
-            assert look is not None
-            moved = (self.heads, self.neurons)[place].distances(len(self.steps) - 1, [look])[0]
-            told = f"the mask of the {self.broken}, settled until step {self.steps[look]}, broke down"
-            told += f" (distance {moved:.2f} of chance)"
+        if self.broken:
+            looks = [self._settled_look(place) for place in map(FAMILIES.index, self.broken)]
+            told = " and ".join(map(self._told, self.broken, looks))
             if settings.on_breakdown == "stop":
+                # Each search counts its own steps.
+                earlier = min(self.steps[look] for look in looks) - self.began
                 raise EarlyBertError(
-                    f"step {step}: {told}; draw earlier (ticket.latest_step = {self.steps[look]}), or set "
+                    f"step {step}: {told}; draw earlier (ticket.latest_step = {earlier}), or set "
                     'ticket.on_breakdown = "draw" to take the mask from before'
                 )
-            return f"{told}: drawn with the mask of step {self.steps[look]}"
+            return f"{told}: drawn with the mask of step {', '.join(str(self.steps[look]) for look in looks)}"
         if since >= settings.minimum_step and None not in self.settled:
             return f"settled: distance {far_heads:.3f} heads, {far_neurons:.3f} neurons"
         if since >= settings.latest_step:
             return f"latest step {settings.latest_step} of the search reached"
         return None
+
+    def _settled_look(self, place: int) -> int:
+        """The last look at which a family that broke down had settled."""
+        look = self.last_settled[place]
+        assert look is not None
+        return look
+
+    def _told(self, family: str, look: int) -> str:
+        masks = (self.heads, self.neurons)[FAMILIES.index(family)]
+        moved = masks.distances(len(self.steps) - 1, [look])[0]
+        return (
+            f"the mask of the {family}, settled until step {self.steps[look]}, broke down (distance "
+            f"{moved:.2f} of chance)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -202,17 +213,20 @@ class Search:
             "settled": list(self.settled),
             "last_settled": list(self.last_settled),
             "verdict": self.verdict,
-            "broken": self.broken,
+            "broken": list(self.broken),
         }
 
     @staticmethod
     def from_json(values: Mapping[str, Any], *, where: str = "search") -> Search:
         """Rebuild a search; raises EarlyBertError for another format."""
-        if values.get("version") != FORMAT_VERSION:
+        if values.get("version") not in (1, FORMAT_VERSION):
             raise EarlyBertError(
                 f"{where}: its search has format {values.get('version')}, this program reads "
                 f"{FORMAT_VERSION}; use the program version that wrote it"
             )
+        broken = values["broken"]
+        if values["version"] == 1:  # one family, or None
+            broken = [broken] if broken else []
         return Search(
             began=values["began"],
             steps=tuple(values["steps"]),
@@ -222,7 +236,7 @@ class Search:
             settled=(values["settled"][0], values["settled"][1]),
             last_settled=(values["last_settled"][0], values["last_settled"][1]),
             verdict=values["verdict"],
-            broken=values["broken"],
+            broken=tuple(broken),
         )
 
 

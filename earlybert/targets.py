@@ -55,6 +55,8 @@ def resolved(
 
     Raises SettingsError for a count above what is there and for a budget that cannot be reached.
     """
+    if settings.kind == "layerdrop":  # ranks no units
+        return settings
     part = draw / settings.draws
     heads, neurons = settings.head_ratio, settings.neuron_ratio
     if settings.budget is not None:
@@ -66,6 +68,11 @@ def resolved(
         if kept is None:
             continue
         places = len(whole) if scope == "layer" else 1
+        if scope == "layer" and min(whole) < max(whole):
+            raise SettingsError(
+                f"ticket.{name}_kept = {kept} in each layer: the layers have {min(whole)} to {max(whole)} "
+                f"{name}; say how many each keeps (ticket.{name}_per_layer), or a share of them"
+            )
         if kept * places > sum(whole):
             most = sum(whole) // places
             raise SettingsError(
@@ -80,10 +87,15 @@ def resolved(
 def check(settings: TicketSettings, *, dense: Widths, work: Work) -> None:
     """Raise SettingsError where one of the draws, from a dense model of these widths, cannot be made."""
     if settings.kind == "layerdrop":
-        if not 0 < round(settings.layer_ratio * len(dense.heads)) < len(dense.heads):
+        layers = len(dense.heads)
+        if layers < 2:
             raise SettingsError(
-                f"ticket.layer_ratio = {settings.layer_ratio} removes none of {len(dense.heads)} layers, or "
-                f"all; use {1 / len(dense.heads):.2f} for one of them"
+                'ticket.kind = "layerdrop" keeps the first layer, and there is no other; use another kind'
+            )
+        if not round(settings.layer_ratio * layers):
+            raise SettingsError(
+                f"ticket.layer_ratio = {settings.layer_ratio} removes none of {layers} layers; use "
+                f"{1 / layers:.2f} for one of them"
             )
         return
     now = dense

@@ -157,8 +157,15 @@ class TicketSettings:
             raise SettingsError(f"ticket.layer_ratio = {self.layer_ratio}: must lie in (0, 0.5]")
         if not 0 <= self.layerdrop < 1:
             raise SettingsError(f"ticket.layerdrop = {self.layerdrop}: must lie in [0, 1)")
-        if self.kind == "layerdrop" and self.draws > 1:
-            raise SettingsError('ticket.kind = "layerdrop" removes its layers in one draw; use draws = 1')
+        if self.kind == "layerdrop":
+            if self.draws > 1:
+                raise SettingsError('ticket.kind = "layerdrop" removes its layers in one draw; use draws = 1')
+            for name in ("heads_kept", "neurons_kept", "budget"):
+                if (value := getattr(self, name)) is not None:
+                    raise SettingsError(
+                        f"ticket.{name} = {value} says nothing of layers, which ticket.kind = "
+                        '"layerdrop" removes; set ticket.layer_ratio instead'
+                    )
 
     def _check_start(self) -> None:
         if self.rewarmup_steps < 0:

@@ -191,6 +191,7 @@ class _Trainer:
             if last or drawn or self.step % settings.checkpoint.every == 0:
                 self._save(wait=last)
             if drawn or self.step == self.total:
+                self.watch.mark("the report")
                 self._report()
             if stop and self.step < self.total:
                 return True

@@ -36,6 +36,7 @@ _ANSWERS_WITHIN = 5.0
 _WAITS, _SILENT = 60.0, 30.0
 """After waiting so long a rank asks who has been silent for so long: a dead host need not cost `seconds`."""
 _ALARM = "the run stood still"
+_DONE = "it stopped"
 """Why a rank left that was not at fault: the others' silence."""
 
 
@@ -133,8 +134,15 @@ class Watch:
             if self._ended.wait(_PUBLISHED_EVERY):
                 return
             self._publish()
-        now = self._reports()
-        silent = [b for a, b in zip(before, now, strict=True) if _silent(a, b)]
+        # A rank that came to its end is not behind: rank 0 may have a report to write yet.
+        pairs = zip(before, self._reports(), strict=True)
+        silent, now = [], []
+        for then, report in pairs:
+            if report.left == _DONE:
+                continue
+            now.append(report)
+            if _silent(then, report):
+                silent.append(report)
         if self._marks != marks:
             return
         if not silent and any(report.age < self.seconds for report in now):
@@ -206,7 +214,7 @@ def explained(watch: Watch) -> Iterator[None]:
 
     Raises RankLost where another rank is gone, EarlyBertError for a file that cannot be read or written.
     """
-    why = "it stopped"
+    why = _DONE
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is not used; what loads is what was saved."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -165,6 +166,24 @@ def test_a_folder_without_a_readable_manifest_is_no_checkpoint(good, damage, say
     older = good.parent / "step-0000005"
     shutil.copytree(good, older)
     assert checkpoint.newest_good(good.parent) is None
+
+
+def test_a_file_that_the_disk_does_not_give_is_a_flaw_and_an_older_checkpoint_is_used(
+    good, monkeypatch, caplog
+):
+    own = good.parent / "step-0000005"
+    shutil.copytree(good, own)
+    real = checkpoint.file_sha256
+
+    def failing(path):
+        if good in Path(path).parents:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", failing)
+    found = checkpoint.newest_good(good.parent)
+    assert found is not None and found.folder == own
+    assert "step-0000010 is not used: [Errno 5] Input/output error" in caplog.text
 
 
 def test_another_precision_is_refused_with_what_to_start(good):

@@ -121,6 +121,7 @@ def give_up(engine, step):
         if micro < tiny.ACCUMULATION - 1:
             engine.step()
     engine.skip()
+    assert engine.grad_norm is None, "not that of the step before, which a resume does not know"
 
 
 def poison(engine, step):

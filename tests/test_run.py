@@ -1,5 +1,7 @@
 """The run folder is one run's own; CPU processes share the cores that they are bound to."""
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ranks
-from earlybert import dist, run
+from corpora import random_documents, write_corpus
+from earlybert import assembly, dist, run, watch
 from earlybert.assembly import Assembly
 from earlybert.config import EarlyBertError, SettingsError
 from earlybert.recipes import Finetuning
@@ -94,6 +97,47 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_on_all_of_them_and_let
     assert "does not see the run folder" in found[0] and "runs=" in found[0]
     assert not (tmp_path / "one" / "a").exists(), "a refused start leaves no run folder"
     assert ranks.run("test_run:claims", ranks=2, folders=[one, one]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"), [("taken", "a exists and is not a run folder"), ("taken/a", "folder cannot be used")]
+)
+def test_a_run_folder_that_cannot_be_made_is_told_on_all_ranks(tmp_path, runs, says):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "a").write_text("a file")
+    told = ranks.run("test_run:claims", ranks=2, folders=[str(tmp_path / runs)] * 2)
+    assert told[0] == told[1] and says in told[0]
+
+
+def corpora(folders):
+    try:
+        return len(assembly._opened(folders[dist.rank()]))
+    except EarlyBertError as error:
+        return str(error)
+
+
+def test_a_corpus_that_one_rank_cannot_open_is_told_on_all(tmp_path):
+    write_corpus(tmp_path / "there", random_documents(5, longest=20))
+    there, absent = str(tmp_path / "there"), str(tmp_path / "absent")
+    told = ranks.run("test_run:corpora", ranks=2, folders=[there, absent])
+    assert told[0] == told[1] and absent in told[0]
+    assert ranks.run("test_run:corpora", ranks=2, folders=[there, there]) == [5, 5]
+
+
+def slow_end(folder):
+    """Rank 0 has something to write after its last mark, which the others do not wait for."""
+    watch._WAITS, watch._SILENT, watch._PUBLISHED_EVERY = 0.5, 0.5, 0.1
+    own = watch.Watch(Path(folder), seconds=60.0)
+    with watch.explained(own):
+        own.mark("the report")
+        if dist.rank() == 0:
+            time.sleep(4)
+    dist.barrier()
+    return "done"
+
+
+def test_a_rank_that_has_come_to_its_end_is_not_taken_for_one_that_is_lost(tmp_path):
+    assert ranks.run("test_run:slow_end", ranks=2, folder=str(tmp_path)) == ["done", "done"]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,11 @@ def test_a_stable_rate_keeps_its_peak_and_then_falls_to_its_end():
     assert all(a > b for a, b in itertools.pairwise(rates[80:]))
     assert rates[85] == pytest.approx(0.1 + 0.9 * (1 - 0.25**0.5))
     assert 0.1 < rates[-1] < 0.15
+    what = {"steps": 100, "sequence_length": 128, "batch": 8, "micro_batch": 8, "learning_rate": 1.0}
+    for warmup, share in ((0.8, 0.2), (0.9, 0.1), (0.7, 0.3)):  # 1 - 0.8 is a little less than 0.2
+        PhaseSettings(**what, warmup=warmup, decay="stable", decay_share=share)
+    with pytest.raises(SettingsError, match=r"power = -1.0: must be positive"):
+        PhaseSettings(**what, decay="polynomial", power=-1.0)
     with pytest.raises(SettingsError, match=r"decay_share = 0.95: .* at most 0.9"):
         PhaseSettings(
             steps=100, sequence_length=128, batch=8, micro_batch=8, learning_rate=1.0, warmup=0.1,

@@ -66,7 +66,7 @@ def test_both_families_must_have_settled():
 def test_a_family_that_falls_apart_is_drawn_as_it_was():
     seeds = [(place, 2) for place in range(12)] + [(20 + place, 40 + place) for place in range(9)]
     found = walk(seeds, settings())
-    assert found.steps[-1] == 130 and found.broken == "neurons", "at the first look that shows it"
+    assert found.steps[-1] == 130 and found.broken == ("neurons",), "at the first look that shows it"
     assert "the mask of the neurons, settled until step 120, broke down (distance " in found.verdict
     ticket = found.ticket(settings=settings())
     heads, neurons = masks(coefficients(HEADS, 20), coefficients(NEURONS, 2), settings=settings())
@@ -75,7 +75,34 @@ def test_a_family_that_falls_apart_is_drawn_as_it_was():
     with pytest.raises(EarlyBertError, match=r"broke down.*ticket\.latest_step = 120"):
         walk(seeds, settings(on_breakdown="stop"))
     early = [(place, 2) for place in range(5)] + [(place, 40 + place) for place in range(9)]
-    assert walk(early, settings()).broken is None, "what was settled before the minimum step was chance"
+    assert walk(early, settings()).broken == (), "what was settled before the minimum step was chance"
+
+
+def test_both_families_that_fall_apart_at_one_look_are_drawn_as_they_were():
+    seeds = [(1, place) for place in range(7)] + [(1, 7)] * 9 + [(20, 40)]
+    rules, search = settings(minimum_step=10), Search()
+    for place, (heads, neurons) in enumerate(seeds, start=1):
+        seen = [coefficients(HEADS, heads), coefficients(NEURONS, neurons)]
+        search = search.observe(10 * place, *seen, settings=rules)
+    assert search.broken == ("heads", "neurons")
+    ticket = search.ticket(settings=rules)
+    settled = masks(coefficients(HEADS, 1), coefficients(NEURONS, 7), settings=rules)
+    assert (ticket.heads, ticket.neurons) == settled
+    assert ticket.reason.count("broke down") == 2 and "the mask of step 160, 160" in ticket.reason
+    told = search.to_json()
+    assert Search.from_json(told) == search
+    for before, now in (("neurons", ("neurons",)), (None, ())):
+        assert Search.from_json({**told, "version": 1, "broken": before}).broken == now
+
+
+def test_where_to_draw_earlier_is_told_in_the_steps_of_its_own_search():
+    search, rules = Search(began=1000), settings(on_breakdown="stop")
+    with pytest.raises(EarlyBertError, match=r"^step 1130: .*until step 1120, .*ticket\.latest_step = 120\)"):
+        for place in range(12):
+            search = search.observe(
+                1010 + 10 * place, coefficients(HEADS, place), coefficients(NEURONS, 2), settings=rules
+            )
+        search.observe(1130, coefficients(HEADS, 20), coefficients(NEURONS, 40), settings=rules)
 
 
 def test_at_the_latest_step_it_is_drawn_in_any_case():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlybert import targets
+from earlybert import baselines, targets
 from earlybert.config import SettingsError
 from earlybert.targets import Widths, Work
 from earlybert.ticket import TicketSettings, keep
@@ -76,11 +76,39 @@ def test_the_papers_ticket_has_the_papers_share_of_the_work():
         (small(neurons_kept=99999), "there are 36864 neurons in all layers"),
         (small(kind="layerdrop", layer_ratio=0.02), "removes none of 12 layers"),
         (small(head_ratio=0.99), "would remove all 12 heads"),
+        (small(kind="layerdrop", layer_ratio=0.5), None),
     ],
 )
 def test_what_cannot_be_reached_is_named_at_the_start(settings, says):
+    if says is None:
+        targets.check(settings, dense=DENSE, work=BASE)
+        return
     with pytest.raises(SettingsError, match=says):
         targets.check(settings, dense=DENSE, work=BASE)
+
+
+def test_a_count_a_layer_is_refused_where_layers_differ_and_one_over_all_is_kept():
+    uneven = Widths((2, 8, 8, 2), (10, 40, 40, 10))
+    with pytest.raises(
+        SettingsError, match="heads_kept = 4 in each layer: the layers have 2 to 8 heads; say"
+    ):
+        targets.check(small(heads_kept=4), dense=uneven, work=BASE)
+    rules = small(heads_kept=10, head_scope="global", neuron_ratio=0.0)
+    resolved = targets.resolved(rules, now=uneven, dense=uneven, draw=1, work=BASE)
+    assert resolved.head_ratio == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("layers", range(2, 30))
+@pytest.mark.parametrize("ratio", [0.1, 1 / 3, 0.5])
+def test_layerdrop_never_drops_the_first_layer(layers, ratio):
+    gone = baselines.dropped_layers(layers, ratio=ratio)
+    assert 0 not in gone and len(set(gone)) == len(gone) == min(round(ratio * layers), layers // 2)
+    assert all(0 < layer < layers for layer in gone)
+
+
+def test_a_model_of_one_layer_has_none_to_drop():
+    with pytest.raises(SettingsError, match="keeps the first layer, and there is no other"):
+        targets.check(small(kind="layerdrop"), dense=Widths((4,), (48,)), work=BASE)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +122,8 @@ def test_what_cannot_be_reached_is_named_at_the_start(settings, says):
         ({"start": "rewind", "rewind_step": 300}, "rewind to a step before it"),
         ({"damping": 0.5, "kind": "random"}, "needs a search"),
         ({"kind": "layerdrop", "draws": 2}, "in one draw"),
+        ({"kind": "layerdrop", "heads_kept": 3}, "heads_kept = 3 says nothing of layers"),
+        ({"kind": "layerdrop", "budget": 0.9}, "set ticket.layer_ratio instead"),
         ({"layer_ratio": 0.7}, "in \\(0, 0.5\\]"),
         ({"rewarmup_steps": -1}, "not be negative"),
     ],

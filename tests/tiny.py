@@ -106,7 +106,6 @@ def engine(
         asked["data_types"] = {"grad_accum_dtype": "fp32"}
     if offload:
         asked["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        asked["zero_force_ds_cpu_optimizer"] = False
     values = mechanics.complete(asked, micro_batch=MICRO, accumulation=accumulation, clipping=clipping)
     model = seeded_model(model_config or config(), seed=7)
     if checkpointing:
