@@ -46,7 +46,7 @@ class DataSettings:
     whole_word: bool = False
     """Mask all wordpieces of a word or none."""
     held_out: float = 0.005
-    """The share of documents that is never trained on, chosen by a hash of their index; at least one."""
+    """The share of documents that is never trained on, chosen by a hash of their index; at least two."""
     weights: dict[str, float] | None = None
     """Of each source of the corpus, in proportion to which its samples are trained on (0: never), such as
     `{ wikipedia = 3, books = 1 }`; by default every document comes once an epoch."""
