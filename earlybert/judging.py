@@ -29,7 +29,7 @@ def logits(
     asked: Callable[[], bool],
     mark: Callable[[], None],
 ) -> list[Logits]:
-    """What the model says to each row, on rank 0; others get what is empty. Collective.
+    """What the model says to each row, on every rank. Collective.
 
     `batch`: rows of a forward pass; `asked`: whether this rank is to stop; `mark` is called before each
     batch. Raises Interrupted.

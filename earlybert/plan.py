@@ -204,8 +204,10 @@ class Saving:
 
 
 def small_widths(experiment: Experiment, *, vocabulary: int) -> Widths:
-    """Widths after the last draw; under scope "global" spread evenly over the layers."""
+    """Widths after the last draw, if any; under scope "global" spread evenly over the layers."""
     settings, dense = experiment.ticket, experiment.dense_widths
+    if not settings.enabled:
+        return dense
     work = work_of(experiment, vocabulary=vocabulary)
     if settings.kind == "layerdrop":
         stays = len(dense.heads) - round(settings.layer_ratio * len(dense.heads))
@@ -229,7 +231,7 @@ def work_of(experiment: Experiment, *, vocabulary: int) -> targets.Work:
 
 
 def configs(experiment: Experiment, *, vocabulary: int) -> tuple[EarlyBertConfig, EarlyBertConfig]:
-    """The dense model while it is searched, and the small one."""
+    """The dense model while it is searched, and the small one; they are alike where no ticket is drawn."""
     searched = experiment.ticket.enabled and experiment.ticket.searches
     objective = experiment.data.objective != "mlm"
     dense = experiment.model.config(
@@ -258,7 +260,8 @@ def saving(experiment: Experiment, *, vocabulary: int, steps: float = 1.0) -> Sa
             )  # fmt: skip
             flops[place] += one.flops * phase.batch * phase.steps
     total = schedule.total_steps(experiment.phases)
-    search = experiment.ticket.latest_step * experiment.ticket.draws
+    settings = experiment.ticket
+    search = settings.latest_step * settings.draws if settings.enabled else total
     return Saving(flops[1] / flops[0], search / total, steps)
 
 

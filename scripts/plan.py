@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -47,6 +48,12 @@ def main() -> int:
         raise SettingsError(
             f"--ranks {arguments.ranks}: whole numbers from 1 with commas, such as 1,8"
         ) from error
+    for name, given in (
+        ("memory", arguments.memory), ("vocabulary", arguments.vocabulary),
+        ("steps-ratio", arguments.steps_ratio),
+    ):  # fmt: skip
+        if not 0 < given < math.inf:
+            raise SettingsError(f"--{name} {given:g}: give a number above 0")
     vocabulary = _vocabulary(Path(settings.data.corpus), arguments.vocabulary)
     figures = _figures(
         settings, vocabulary=vocabulary, ranks=ranks, precision=mechanics.precision_of(json_values),
@@ -112,7 +119,7 @@ def _figures(
         ]
     ]  # fmt: skip
     expected = plan.saving(settings, vocabulary=vocabulary, steps=steps)
-    big, little = first["dense", 0], first["small", 0]
+    big, little, ticket = first["dense", 0], first["small", 0], settings.ticket
     return {
         "vocabulary": vocabulary,
         "precision": precision,
@@ -126,25 +133,28 @@ def _figures(
             for n in ranks
         ],
         "accumulation": plan.accumulations(settings, ranks),
-        "draw": {n: asdict(plan.draw_cost(settings, little, ranks=n)) for n in ranks},
-        "looks": settings.ticket.latest_step // settings.ticket.every,
+        "draw": {n: asdict(plan.draw_cost(settings, little, ranks=n)) for n in ranks}
+        if ticket.enabled
+        else None,
+        "looks": ticket.latest_step // ticket.every if ticket.enabled and ticket.searches else None,
         "saving": {**asdict(expected), "cost": expected.cost},
     }
 
 
 def _page(name: str, figures: dict[str, Any], *, memory: float) -> Iterator[str]:
-    count, widths = figures["parameters"], figures["widths"]
+    count, widths, draw = figures["parameters"], figures["widths"], figures["draw"]
     yield f"# {name}: vocabulary {figures['vocabulary']:,}, {figures['precision']}"
+    after = f", {count['small']:,} after the ticket ({count['small'] / count['dense']:.3f})" if draw else ""
     yield (
-        f"parameters: {count['dense']:,} dense, {count['small']:,} after the ticket "
-        f"({count['small'] / count['dense']:.3f}); heads a layer {_span(widths['heads'])}, neurons a layer "
-        f"{_span(widths['neurons'])}"
+        f"parameters: {count['dense']:,} dense{after}; heads a layer {_span(widths['heads'])}, neurons a "
+        f"layer {_span(widths['neurons'])}"
     )
+    models = ("dense", "small") if draw else ("dense",)
     yield ""
     yield "| phase | model | forward MFLOPs a token | step MFLOPs a token | activations MB |"
     yield "|---|---|---|---|---|"
     for place, row in enumerate(figures["phases"], 1):
-        for kind in ("dense", "small", "dense, checkpointing", "small, checkpointing"):
+        for kind in (f"{model}{how}" for how in ("", ", checkpointing") for model in models):
             found = row[kind]
             yield (
                 f"| {place}: length {row['sequence_length']} | {kind} "
@@ -153,7 +163,9 @@ def _page(name: str, figures: dict[str, Any], *, memory: float) -> Iterator[str]
                 f"| {found['activation_bytes'] / 1e6:,.0f} |"
             )
     yield ""
-    yield f"GB of a rank's device (and of its host), dense -> small; * does not fit into {memory:g} GiB"
+    yield (
+        f"GB of a rank's device (and of its host), {' -> '.join(models)}; * does not fit into {memory:g} GiB"
+    )
     counts = sorted({row["ranks"] for row in figures["memory"]})
     yield f"| ZeRO | offload | {' | '.join(f'{n:,} ranks' for n in counts)} |"
     yield f"|---|---|{'---|' * len(counts)}"
@@ -164,26 +176,34 @@ def _page(name: str, figures: dict[str, Any], *, memory: float) -> Iterator[str]
             big, little = (cells[stage, offload, n, model] for model in ("dense", "small"))
             mark = "*" if big["device"] > memory * 2**30 else ""
             host = f" ({big['host'] / 1e9:.1f})" if big["host"] else ""
-            row.append(f"{big['device'] / 1e9:.2f}{mark}{host} -> {little['device'] / 1e9:.2f}")
+            then = f" -> {little['device'] / 1e9:.2f}" if draw else ""
+            row.append(f"{big['device'] / 1e9:.2f}{mark}{host}{then}")
         yield f"| {stage} | {offload} | {' | '.join(row)} |"
     yield ""
     yield (
-        "| ranks | micro-batches added up, by phase | GB sent a step, ZeRO 0-2 | ZeRO-3 "
-        "| GB read in the draw |"
+        "| ranks | micro-batches added up, by phase | GB sent a step, ZeRO 0-2 | ZeRO-3 |"
+        f"{' GB read in the draw |' if draw else ''}"
     )
-    yield "|---|---|---|---|---|"
+    yield f"|---|---|---|---|{'---|' if draw else ''}"
     sent = {(row["stage"], row["ranks"]): row["bytes"] for row in figures["traffic"]}
     for n in counts:
-        steps = ", ".join("does not divide" if a is None else str(a) for a in figures["accumulation"][n])
+        steps = ", ".join(
+            "too few micro-batches" if a is None else str(a) for a in figures["accumulation"][n]
+        )
         yield (
-            f"| {n:,} | {steps} | {sent[2, n] / 1e9:.2f} | {sent[3, n] / 1e9:.2f} "
-            f"| {figures['draw'][n]['read'] / 1e9:.3f} |"
+            f"| {n:,} | {steps} | {sent[2, n] / 1e9:.2f} | {sent[3, n] / 1e9:.2f} |"
+            + (f" {draw[n]['read'] / 1e9:.3f} |" if draw else "")
         )
     yield ""
     saving = figures["saving"]
+    if not draw:
+        steps = f"{saving['steps']:g} of the dense run's"
+        yield f"no ticket is drawn (ticket.enabled = false): all steps are dense, {steps}"
+        return
+    looks = f"the search: {figures['looks']} looks" if figures["looks"] else "no search"
     yield (
-        f"the search: {figures['looks']} looks, {saving['search_share']:.1%} of the steps dense; the draw "
-        f"holds at most {figures['draw'][counts[0]]['beside_shards'] / 1e6:.0f} MB beside the shards"
+        f"{looks}, {saving['search_share']:.1%} of the steps dense; the draw holds at most "
+        f"{draw[counts[0]]['beside_shards'] / 1e6:.0f} MB beside the shards"
     )
     yield (
         f"structure: the small step has {saving['structure']:.3f} of the dense step's FLOPs; steps: "

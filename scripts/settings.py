@@ -126,6 +126,8 @@ def _type(hint: object) -> str:
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is tuple:
         return f"list of {_type(arguments[0])}"
+    if typing.get_origin(hint) is dict:
+        return f"table of {_type(arguments[1])}s"
     if arguments:
         return f"{_type(arguments[0])}, or absent"
     names = {int: "integer", float: "number", bool: "true or false", str: "text"}

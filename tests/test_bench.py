@@ -1,6 +1,7 @@
 """`bench.py ticket`, `train` and `latency` at a shape of no size: what is timed is what the table says."""
 
 import importlib
+import runpy
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import ranks
-from earlybert.config import SettingsError
+from earlybert.config import EarlyBertError, SettingsError
 from earlybert.export import export
 from exports import environment, trained, write_tokenizer
 
@@ -208,3 +209,18 @@ def test_rows_that_are_longer_than_the_positions_and_folders_without_a_model_are
     (both[1] / "model.safetensors").write_bytes(b"")
     with pytest.raises(SettingsError, match="compact: its encoder cannot be read .* give what"):
         latency.measure(asked(export=both))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["step", "--ranks", "0"], "--ranks 0: give a number from 1"),
+        (["latency", "--batch", "8", "0"], "--batch 0: give a number from 1"),
+        (["data", "nothere.bz2", "nothere.txt"], "nothere.bz2: no such file; give a dump"),
+    ],
+)
+def test_a_command_that_could_measure_nothing_is_refused(monkeypatch, words, says):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr("sys.argv", ["bench.py", *words])
+    with pytest.raises(EarlyBertError, match=says):
+        runpy.run_path(str(SCRIPTS / "bench.py"))["main"]()

@@ -183,6 +183,7 @@ def _alive(process):
         ({"row": ["a: m", "b: m", "a: n"]}, "--row a: given twice"),
         ({"jobs": 0}, "--jobs 0: must be at least 1"),
         ({"task": ["squad"]}, "where the files are is not said; give --squad DIR"),
+        ({"glue": None}, "no task to fine-tune on; give --glue DIR, --squad DIR or both"),
         ({"task": ["rte"], "glue": None}, "give --glue DIR"),
     ],
 )

@@ -1,5 +1,6 @@
 import datetime
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -102,6 +103,31 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def ended(body):
+    """(exit status, stderr) of a command with this body."""
+    program = f"from earlybert.config import run_command\ndef main():\n    {body}\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_a_path_that_is_wrong_is_one_line_that_names_it_and_our_line(tmp_path):
+    body = f"from earlybert.config import write_atomically; write_atomically('{tmp_path}/no/x', '')"
+    code, said = ended(body)
+    assert code == 2 and re.fullmatch(
+        rf"error: {tmp_path}/no/\.x\.\d+\.tmp: No such file or directory "
+        r"\(earlybert/config\.py, line \d+\)\n",
+        said,
+    )
+    code, said = ended(f"from pathlib import Path; (Path('/dev/null') / 'x').mkdir()  # {tmp_path}")
+    assert code == 2 and said == "error: /dev/null/x: Not a directory\n"
+
+
+@pytest.mark.parametrize("body", ["raise OSError(5, 'lost', 'x')", "raise FileNotFoundError('x')", "{}['x']"])
+def test_other_failures_keep_their_traceback(body):
+    code, said = ended(body)
+    assert code == 1 and said.startswith("Traceback")
 
 
 def test_an_error_is_the_last_line_of_a_log_whatever_libraries_printed_before_it():

@@ -141,6 +141,7 @@ def test_a_real_slurm_gives_the_same_bytes(texts: Path, tmp_path: Path) -> None:
         ({"kind": "spark"}, "--executor spark"),
         ({"workers": 0}, "--workers 0"),
         ({"memory": 0.0}, "--memory 0.0"),
+        ({"memory": float("nan")}, "--memory nan"),
         ({"sbatch": {"a": "b"}}, "--sbatch is for --executor slurm"),
     ],
 )

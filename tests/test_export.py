@@ -300,6 +300,8 @@ def test_a_file_in_the_place_of_the_export_is_refused(tmp_path, tokenizer):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(EarlyBertError, match="not an export"):
         export(trained(tokenizer), to=tmp_path / "out", form="dense")
+    with pytest.raises(EarlyBertError, match=r"out/x cannot be made: Not a directory; choose another folder"):
+        export(trained(tokenizer), to=tmp_path / "out" / "x", form="dense")
 
 
 def test_the_copied_code_is_the_package_s_own(tmp_path, tokenizer):

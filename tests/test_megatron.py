@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,7 @@ def back(prefix, tokenizer, out):
     [
         (lambda p: cut(p, ".idx", 30), "idx has .* bytes, its header says"),
         (lambda p: cut(p, ".idx", 10**9), "idx: missing or empty"),
+        (lambda p: cut(p, ".bin", 1), "bin has .* bytes, no multiple of an id's 4; it is truncated"),
         (lambda p: cut(p, ".bin", 400), "does not fit .*get both again"),
         (lambda p: put(p, ".idx", 0, b"X"), "not a Megatron index of version 1"),
         (
@@ -99,8 +101,19 @@ def test_files_that_do_not_hold_together_are_refused(tokenizer, prefix, tmp_path
 
 def test_a_folder_that_holds_something_is_not_written_over(corpus, tokenizer, prefix, tmp_path):
     shutil.copytree(corpus.folder, tmp_path / "out")
-    with pytest.raises(EarlyBertError, match="exists and is not empty"):
+    with pytest.raises(EarlyBertError, match="exists and is not an empty folder"):
         megatron.read(prefix, tokenizer=tokenizer, out=tmp_path / "out", shards=2)
+
+
+def test_places_where_nothing_can_be_written_are_refused(corpus, tokenizer, prefix, tmp_path):
+    (tmp_path / "file").touch()
+    for out, says in (("file", "exists and is not an empty folder"), ("file/x", "x cannot be made: .*--out")):
+        with pytest.raises(EarlyBertError, match=says):
+            megatron.read(prefix, tokenizer=tokenizer, out=tmp_path / out, shards=2)
+    for folder in (".", ".."):
+        with pytest.raises(EarlyBertError, match="is a folder; give the files' prefix, such as"):
+            megatron.write(corpus, Path(folder))
+    assert (tmp_path / "file").is_file()
 
 
 def cut(prefix, suffix, count):

@@ -152,9 +152,31 @@ def test_the_command_plans_bert_base(capsys, monkeypatch):
     assert saving["structure"] == pytest.approx(0.7, abs=0.03) and saving["search_share"] == 400 / 8601
     expected = saving["search_share"] + (1 - saving["search_share"]) * saving["structure"]
     assert saving["cost"] == pytest.approx(expected)
-    assert figures["accumulation"]["4096"] == [None, None], "65,536 is no multiple of 128 x 4,096"
+    assert figures["accumulation"]["4096"] == [None, None], "2,048 micro-batches, and fewer, are too few"
     page = run(capsys, *words, "--steps-ratio", "0.8")
-    assert "does not divide" in page and "4,096 ranks" in page and "0.8 of the dense run's" in page
+    assert "too few micro-batches" in page and "4,096 ranks" in page and "0.8 of the dense run's" in page
+
+
+def test_without_a_ticket_nothing_is_said_to_be_saved(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["scripts/experiments/bert_mini.toml", "--ranks", "1,8", "data.corpus=nowhere"]
+    page = run(capsys, *words, "ticket.enabled=false")
+    assert "no ticket is drawn" in page and "all steps are dense" in page
+    assert not any(word in page for word in ("looks", "saved", "after the ticket", "small", "->", "the draw"))
+    figures = json.loads(run(capsys, *words, "ticket.enabled=false", "--json"))
+    assert figures["parameters"]["small"] == figures["parameters"]["dense"]
+    assert figures["saving"] == {"structure": 1.0, "search_share": 1.0, "steps": 1.0, "cost": 1.0}
+    assert figures["looks"] is None and figures["draw"] is None
+    drawn = run(capsys, *words, "ticket.kind=random")
+    assert "looks" not in drawn and "saved" in drawn, "a baseline is drawn, but not searched"
+
+
+@pytest.mark.parametrize("word", ["--steps-ratio", "--memory", "--vocabulary"])
+@pytest.mark.parametrize("number", ["0", "-5"])
+def test_a_number_that_is_not_above_0_is_refused(capsys, monkeypatch, word, number):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SettingsError, match=f"{word} {number}: give a number above 0"):
+        run(capsys, "scripts/experiments/bert_mini.toml", word, number)
 
 
 def test_a_mistake_is_one_line(capsys, monkeypatch):

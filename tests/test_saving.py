@@ -136,8 +136,14 @@ def test_a_folder_answers_one_question_and_an_arm_that_cannot_run_is_told_before
         asked(share=1.0)
     with pytest.raises(EarlyBertError, match="holds results with another experiment; choose another"):
         asked(override=["model.hidden=64"])
-    with pytest.raises(EarlyBertError, match=r"layer_ratio = 1.0: .*; leave layerdrop out: name the others"):
+    with pytest.raises(EarlyBertError, match=r"layer_ratio = 1.0: .*; leave layerdrop out: --arm dense$"):
         asked(override=["ticket.neuron_ratio=0.9"], out=tmp_path / "other", arm=["dense", "layerdrop"])
+    with pytest.raises(EarlyBertError, match=r"--arm dence: choose among dense, .*, layerdrop, reset$"):
+        asked(arm=["dence"], also=["reset: ticket.moments=reset"])
+    with pytest.raises(EarlyBertError, match=r"leave its --also 'wrong' out, or change its words$"):
+        asked(arm=["dense"], also=["wrong: ticket.latest_step=-1"])
+    with pytest.raises(EarlyBertError, match=r"layer_ratio = 1.0: [^;]*$"):
+        asked(override=["ticket.neuron_ratio=0.9"], out=tmp_path / "alone", arm=["layerdrop"])
     (tmp_path / "e.toml").write_text(to_toml({**values, "seed": 7}))
     with pytest.raises(EarlyBertError, match="holds results with another experiment"):
         asked()

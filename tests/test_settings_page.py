@@ -13,6 +13,11 @@ def test_the_page_of_settings_is_the_programs_own():
     assert (ROOT / "docs" / "settings.md").read_text() == settings.page(), "run python scripts/settings.py"
 
 
+def test_a_type_is_told_in_words():
+    assert settings._type(dict[str, float] | None) == "table of numbers, or absent"
+    assert settings._type(tuple[int, ...]) == "list of integer"
+
+
 def test_every_setting_is_explained():
     rows = [row for row in settings.page().splitlines() if row.startswith("| `")]
     assert len(rows) > 40

@@ -1,6 +1,7 @@
 """scripts/show.py on runs, checkpoints and tickets, as a user runs it."""
 
 import json
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -129,3 +130,18 @@ def test_an_unfinished_save_is_no_checkpoint(run):
     assert code == 2 and "no manifest.json, so not a complete checkpoint" in said
     code, said = show(run)
     assert code == 0 and "step-0000004: broken" in said
+
+
+def test_an_environment_that_says_too_little_is_one_line(run):
+    (run / "environment.json").write_text("{}")
+    code, said = show(run)
+    assert code == 2 and "environment.json: 'world_size' is missing" in said
+
+
+def test_what_a_run_has_learned_is_shown_while_its_last_line_is_written(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").touch()
+    main = runpy.run_path(str(ROOT / "scripts" / "fill.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "_filled", lambda *_, **__: [("the [MASK]", "cat", ["dog"])])
+    monkeypatch.setattr("sys.argv", ["fill.py", str(run), "--model", str(tmp_path)])
+    assert main() == 0
+    assert "held-out loss at the end   (step     4): 3.5000" in capsys.readouterr().out

@@ -91,6 +91,10 @@ class Curve:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.variants = dict(_variant(text) for text in arguments.also or [])
+    names = (*ARMS, *arguments.variants)
+    for arm in arguments.arm or []:
+        if arm not in names:
+            raise EarlyBertError(f"--arm {arm}: choose among {', '.join(names)}")
     arguments.arm = [arm for arm in ARMS if arguments.arm is None or arm in arguments.arm]
     arguments.arm += arguments.variants
     out: Path = arguments.out
@@ -120,13 +124,21 @@ def _check(grid: Sequence[Run], arguments: argparse.Namespace) -> None:
     """Raise EarlyBertError where a run would be refused after hours of others."""
     from earlybert.experiment import load
 
+    refused: dict[str, EarlyBertError] = {}
     for run in grid:
         if run.arm in ("random", "scratch"):  # their words come from a ticket that is not drawn yet
             continue
         try:
             load(arguments.experiment, _words(run, arguments))
         except EarlyBertError as error:
-            raise EarlyBertError(f"{error}; leave {run.arm} out: name the others by --arm") from error
+            refused.setdefault(run.arm, error)
+    for arm, why_not in refused.items():
+        if arm in arguments.variants:
+            raise EarlyBertError(f"{why_not}; leave its --also {arm!r} out, or change its words") from why_not
+        rest = [f"--arm {other}" for other in arguments.arm if other in ARMS and other not in refused]
+        if not rest:
+            raise why_not
+        raise EarlyBertError(f"{why_not}; leave {arm} out: {' '.join(rest)}") from why_not
 
 
 def best(arm: str, arguments: argparse.Namespace) -> Run:

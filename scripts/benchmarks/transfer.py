@@ -88,6 +88,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.jobs < 1:
         raise EarlyBertError(f"--jobs {arguments.jobs}: must be at least 1")
     tasks = arguments.task or _there(arguments.glue, arguments.squad)
+    if not tasks:
+        raise EarlyBertError("no task to fine-tune on; give --glue DIR, --squad DIR or both")
     for kind, given in (("glue", arguments.glue), ("squad", arguments.squad)):
         if given is None and any((task in SQUADS) == (kind == "squad") for task in tasks):
             raise EarlyBertError(
