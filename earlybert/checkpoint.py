@@ -223,7 +223,7 @@ class Saver:
         tag = _tag(manifest.step)
         faults.point("save.manifest")
         write_atomically(self._hidden / "manifest.json", _sealed(manifest))
-        # A name at or past this step was not good when this run resumed before it: out of the way, not away.
+        # A name at or past this step was not good when this run resumed before it: its files may tell why.
         for name in [name for name in names(self.folder) if name >= tag]:
             shutil.rmtree(self.folder / (_BROKEN + name), ignore_errors=True)
             os.rename(self.folder / name, self.folder / (_BROKEN + name))

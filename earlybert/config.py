@@ -120,6 +120,22 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line: none where it is not there; a last line that is still being
+    written is left out. Raises EarlyBertError for a damaged one."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    values = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise EarlyBertError(f"{path}, line {number} is damaged ({error}); mend or remove it") from error
+        if not isinstance(value, dict):
+            raise EarlyBertError(f"{path}, line {number} is no JSON object; mend or remove it")
+        values.append(value)
+    return values
+
+
 def override(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Apply dotted `key=value` words (`model.layers=4`, `phases.0.steps=100`) to a copy of nested settings.
 

@@ -24,7 +24,14 @@ import torch
 
 from earlybert import dist, mechanics, probe_process, recipes, schedule, tasks
 from earlybert.checkpoint import Checkpoint, names
-from earlybert.config import EarlyBertError, SettingsError, as_dict, to_toml, write_atomically
+from earlybert.config import (
+    EarlyBertError,
+    SettingsError,
+    as_dict,
+    read_json_lines,
+    to_toml,
+    write_atomically,
+)
 from earlybert.experiment import EvaluateSettings, Experiment
 from earlybert.lifecycle import end_ranks
 from earlybert.monitor import Monitor, cut_metrics
@@ -47,9 +54,7 @@ _OF_THE_RUN = (
 def recorded(run: Path) -> list[dict[str, Any]]:
     """What `probes.jsonl` of a run folder says: step and task, and score or error; none where it is not
     there."""
-    path = run / "probes.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(run / "probes.jsonl")
 
 
 def check(experiment: Experiment, *, tokenizer: Path) -> None:

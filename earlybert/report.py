@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from earlybert.config import EarlyBertError, write_atomically
+from earlybert.config import EarlyBertError, read_json_lines, write_atomically
 from earlybert.search import FAMILIES, Search
 from earlybert.ticket import Ticket
 
@@ -77,9 +77,7 @@ def picture(search: Search, *, drawn: int | None) -> bytes:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last one that is still being written is left out."""
-    path = run / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return read_json_lines(run / "metrics.jsonl")
 
 
 def _search(run: Path) -> tuple[Ticket | None, Search]:

@@ -10,11 +10,13 @@ from typing import Literal
 import pytest
 
 from earlybert.config import (
+    EarlyBertError,
     SettingsError,
     as_dict,
     override,
     parse,
     read_json,
+    read_json_lines,
     read_toml,
     to_toml,
     write_atomically,
@@ -94,6 +96,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(SettingsError, match="'a' stands twice"):
         read_json(tmp_path / "twice.json")
+
+
+def test_json_lines_leave_out_one_that_is_being_written_and_name_a_damaged_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_json_lines(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    for damaged in (b'{"step": 1}\n{"st\n{"step": 3}\n', b'{"step": 1}\n\xff\n', b'{"step": 1}\n7\n'):
+        path.write_bytes(damaged)
+        with pytest.raises(EarlyBertError, match="metrics.jsonl, line 2 is"):
+            read_json_lines(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
