@@ -36,7 +36,7 @@ from earlybert.shards import (
     write_manifest,
 )
 
-_PREPARATION_VERSION = 3
+_PREPARATION_VERSION = 4
 """Raised where the same settings give other shards than before."""
 
 _VOCABULARY_CHARACTERS = 256_000_000
