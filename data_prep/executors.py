@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -203,8 +204,8 @@ class Where:
             raise SettingsError(f"--executor {self.kind}: choose local, ray or slurm")
         if self.workers is not None and self.workers < 1:
             raise SettingsError(f"--workers {self.workers}: at least 1")
-        if self.memory <= 0:
-            raise SettingsError(f"--memory {self.memory}: more than 0 GB")
+        if not 0 < self.memory < math.inf:
+            raise SettingsError(f"--memory {self.memory}: give a number of GB above 0")
         if self.sbatch and self.kind != "slurm":
             raise SettingsError("--sbatch is for --executor slurm; leave it out")
         if self.kind == "slurm" and shutil.which("sbatch") is None:

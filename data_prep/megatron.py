@@ -37,8 +37,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 
 def write(corpus: Corpus, prefix: Path) -> tuple[int, int]:
     """Write PREFIX.bin and PREFIX.idx; (documents, sequences). Both appear whole or not at all."""
+    paths = _pair(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    paths = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
     hidden = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     lengths: list[np.ndarray] = []
     counts = np.zeros(len(corpus) + 1, dtype=np.int64)
@@ -72,13 +72,17 @@ def read(prefix: Path, *, tokenizer: Path, out: Path, shards: int) -> Manifest:
     Raises EarlyBertError where the files do not hold together, or an id is not the tokenizer's; `out` is not
     there then.
     """
-    if out.exists() and any(out.iterdir()):
-        raise EarlyBertError(f"{out} exists and is not empty; choose another --out")
+    out = out.absolute()  # "." has no name of its own
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EarlyBertError(f"{out} exists and is not an empty folder; choose another --out")
     size = vocab.load(tokenizer).get_vocab_size()
     tokens, pointers, lengths, documents = _index(prefix, tokenizer_size=size)
     hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        (hidden / TOKENIZER).parent.mkdir(parents=True)
+        try:
+            (hidden / TOKENIZER).parent.mkdir(parents=True)
+        except OSError as error:
+            raise EarlyBertError(f"{out} cannot be made: {error.strerror}; choose another --out") from error
         shutil.copytree(tokenizer, hidden / TOKENIZER)
         infos = []
         bounds = np.linspace(0, len(documents) - 1, shards + 1).astype(int)
@@ -118,9 +122,16 @@ def read(prefix: Path, *, tokenizer: Path, out: Path, shards: int) -> Manifest:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
+def _pair(prefix: Path) -> tuple[Path, Path]:
+    """PREFIX.bin and PREFIX.idx."""
+    if prefix.name in ("", ".."):
+        raise EarlyBertError(f"{prefix} is a folder; give the files' prefix, such as {prefix / 'data'}")
+    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
+
+
 def _index(prefix: Path, *, tokenizer_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(all ids, first id of each sequence, length of each sequence, first sequence of each document + 1)."""
-    binary, index = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx"))
+    binary, index = _pair(prefix)
     for path in (binary, index):
         if not path.is_file() or not path.stat().st_size:
             raise EarlyBertError(f"{path}: missing or empty; give the prefix of a .bin and a .idx file")
@@ -142,6 +153,11 @@ def _index(prefix: Path, *, tokenizer_size: int) -> tuple[np.ndarray, np.ndarray
     starts = body[4 * sequences : 12 * sequences].view("<i8")
     documents = body[12 * sequences :].view("<i8")
     kind = np.dtype(_TYPES[code])
+    if binary.stat().st_size % kind.itemsize:
+        raise EarlyBertError(
+            f"{binary} has {binary.stat().st_size:,} bytes, no multiple of an id's {kind.itemsize}; it is "
+            "truncated, get it again"
+        )
     tokens = np.memmap(binary, dtype=kind, mode="r")
     whole = (starts % kind.itemsize == 0).all() and (starts // kind.itemsize + lengths <= len(tokens)).all()
     ascending = len(documents) > 1 and documents[0] == 0 and documents[-1] == sequences

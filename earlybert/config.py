@@ -13,12 +13,14 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import errno
 import gc
 import json
 import math
 import os
 import sys
 import tomllib
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,16 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+_OF_PATHS = frozenset(
+    {
+        errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EACCES, errno.EPERM,
+        errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,
+    }
+)  # fmt: skip
+"""What is wrong with a path, and is for the user to mend."""
 
 
 class EarlyBertError(ValueError):
@@ -166,14 +178,11 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit: one message and its `exit_code` for the user's mistakes, never a
-    traceback for those."""
+    traceback for those. A path that is missing or cannot be written is one of them."""
     try:
         code = main()
     except EarlyBertError as error:
-        # What libraries print to a log would come after it otherwise, when the program ends.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -181,7 +190,29 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in _OF_PATHS or not isinstance(error.filename, (str, os.PathLike)):
+            raise
+        _say_error(f"{os.fspath(error.filename)}: {error.strerror}{_place_of(error)}")
+        sys.exit(EarlyBertError.exit_code)
     sys.exit(code or 0)
+
+
+def _say_error(message: str) -> None:
+    # What libraries print to a log would come after it otherwise, when the program ends.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _place_of(error: OSError) -> str:
+    """Where in our own code it came up, in brackets: the path may be one that no user has given."""
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(_ROOT) and "site-packages" not in frame.filename
+    ]
+    return f" ({Path(ours[-1].filename).relative_to(_ROOT)}, line {ours[-1].lineno})" if ours else ""
 
 
 @contextlib.contextmanager

@@ -93,14 +93,17 @@ def export(source: Source, *, to: Path, form: Form) -> float:
 def new_folder(to: Path) -> Iterator[Path]:
     """Yield a hidden folder that takes the place of `to` when all went well, and is gone otherwise.
 
-    Raises EarlyBertError where `to` is something else than an export.
+    Raises EarlyBertError where `to` is something else than an export, or cannot be made.
     """
     to = to.resolve()  # "." and ".." have no name of their own
     if to.exists() and not (to / MARK).exists() and (not to.is_dir() or any(to.iterdir())):
         raise EarlyBertError(f"{to} exists and is not an export; choose another folder")
     hidden = to.with_name(f".{to.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as error:
+        raise EarlyBertError(f"{to} cannot be made: {error.strerror}; choose another folder") from error
     try:
         yield hidden
         sync_folder(hidden)

@@ -56,6 +56,11 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = ("mini", "base", "large")
+_COUNTS = (
+    "ranks", "rounds", "steps", "batch", "length", "document", "copies", "megabytes", "seeds", "samples",
+    "evaluations", "threads", "jobs",
+)  # fmt: skip
+"""Options of which there is at least one."""
 
 
 def main() -> int:
@@ -195,12 +200,7 @@ def main() -> int:
     for command in whole:
         command.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    for option in ("json", "plot"):  # known before hours are measured
-        path = getattr(arguments, option, None)
-        if path is not None and not path.absolute().parent.is_dir():
-            from earlybert.config import EarlyBertError
-
-            raise EarlyBertError(f"--{option} {path}: {path.absolute().parent} is no folder; make it first")
+    _check(arguments)
     if arguments.command in ("data", "train", "saving", "recipes", "downstream", "transfer", "latency"):
         bench = importlib.import_module(f"benchmarks.{arguments.command}")
         figures = bench.measure(arguments)
@@ -208,6 +208,21 @@ def main() -> int:
         _keep(figures, arguments.json)
         return 0
     return _rank(arguments) if "EARLYBERT_BENCH" in os.environ else _start(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise EarlyBertError for what is better known before hours are measured."""
+    from earlybert.config import EarlyBertError
+
+    for option in ("json", "plot"):
+        path = getattr(arguments, option, None)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise EarlyBertError(f"--{option} {path}: {path.absolute().parent} is no folder; make it first")
+    for option in _COUNTS:
+        given = getattr(arguments, option, None)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < 1:
+                raise EarlyBertError(f"--{option} {number}: give a number from 1")
 
 
 def _numbers(text: str) -> list[float]:

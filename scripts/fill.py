@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=3, metavar="N", help="sentences to fill (3)")
     arguments = parser.parse_args()
 
+    from earlybert import report
     from earlybert.config import EarlyBertError, read_toml
     from earlybert.ticket import Ticket
 
@@ -38,8 +38,7 @@ def main() -> int:
     if not (arguments.model / "config.json").is_file():
         raise EarlyBertError(f"{arguments.model}: no config.json; export first: scripts/export.py")
     losses = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
+    for values in report.metrics(run):
         if "eval_loss" in values:
             losses[values["step"]] = values["eval_loss"]
     drawn = Ticket.load(run / "ticket.json").step if (run / "ticket.json").is_file() else None

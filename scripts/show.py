@@ -108,10 +108,15 @@ def _describe_run(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
             f"phase {number}: {phase['steps']:,} steps of {phase['batch']:,} sequences of "
             f"{phase['sequence_length']} tokens, learning rate {phase['learning_rate']:g}"
         )
-    yield (
-        f"last started on {environment['world_size']} ranks ({environment['device']}) with torch "
-        f"{environment['torch']}, commit {environment['git_commit'] or 'unknown'}"
-    )
+    try:
+        yield (
+            f"last started on {environment['world_size']} ranks ({environment['device']}) with torch "
+            f"{environment['torch']}, commit {environment['git_commit'] or 'unknown'}"
+        )
+    except KeyError as error:
+        raise EarlyBertError(
+            f"{path / 'environment.json'}: {error} is missing; the next start of the run writes it anew"
+        ) from error
     trained = [line for line in lines if "loss" in line]
     if trained:
         last = trained[-1]

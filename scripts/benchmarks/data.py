@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from earlybert.config import EarlyBertError
 
 _PREPARE = Path(__file__).resolve().parent.parent / "prepare.py"
 _VOCABULARY, _LENGTH, _ROWS = 30_522, 128, 32
@@ -35,6 +36,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     parts: dict[str, Callable[[argparse.Namespace, Path], Any]] = {
         "prose": _prose, "tokens": _tokens, "loader": _loader, "memory": _memory,
     }  # fmt: skip
+    for path in (arguments.dump, *arguments.extract):
+        if not path.is_file():
+            raise EarlyBertError(f"{path}: no such file; give a dump, then files of WikiExtractor's")
     folder = Path(tempfile.mkdtemp())
     try:
         figures: dict[str, Any] = {"machine": machine.processor()}
