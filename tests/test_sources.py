@@ -382,6 +382,24 @@ def test_a_folder_of_json_lines_is_read_as_a_hub_corpus(tmp_path: Path) -> None:
     assert [raw.text for raw in read(f"hf:{tmp_path}")] == ARTICLES[:9]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("train.csv", "id,text\n1,One.\n2,Two.\n", "read by the reader 'csv' of datasets"),
+        ("train.tsv", "id\ttext\n1\tOne.\n2\tTwo.\n", "read by the reader 'csv' of datasets"),
+        ("train.json", '\n[{"text": "One."}, {"text": "Two."}]', "JSON, but not an object a line"),
+    ],
+)
+def test_rows_that_only_datasets_can_read_are_streamed_and_refused_else(
+    name: str, content: str, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(EarlyBertError, match=rf"source 'hf:.*': {name} is {what}; .*as hf-stream:"):
+        read(f"hf:{tmp_path}")
+    (document,) = read(f"hf-stream:{tmp_path}")
+    assert document.text == "One.\nTwo."
+
+
 def test_a_hub_that_cannot_be_reached_or_a_folder_without_data_is_said(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(EarlyBertError, match=r"source 'hf:.*check the name"):
         read(f"hf:{tmp_path}/nothing")
