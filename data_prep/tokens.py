@@ -74,5 +74,6 @@ def _is_by_word(folder: Path) -> bool:
         return (description.get(part) or {}).get("type")
 
     normal = kind("normalizer") in ("BertNormalizer", "Lowercase", None)
-    spaced = any(" " in token["content"] for token in description.get("added_tokens") or ())
-    return normal and kind("pre_tokenizer") == "BertPreTokenizer" and not spaced
+    parted = {" ", *_PUNCTUATION}
+    whole = any(not parted.isdisjoint(token["content"]) for token in description.get("added_tokens") or ())
+    return normal and kind("pre_tokenizer") == "BertPreTokenizer" and not whole

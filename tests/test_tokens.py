@@ -77,10 +77,21 @@ def test_a_tokenizer_of_another_kind_encodes_whole_sentences(tmp_path: Path) -> 
     assert found(encoder, ["a b, c", "c, d"]) == [[1, 2], [2, 0]]
 
 
-def test_added_tokens_with_a_space_are_kept_whole(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("added", ["bad face", "covid-19", "node.js", "c/a"])
+def test_added_tokens_with_a_space_or_mark_are_kept_whole(added: str, folder: Path, tmp_path: Path) -> None:
     changed = vocab.load(folder)
-    changed.add_tokens(["bad face"])
+    changed.add_tokens([added])
     changed.save(str(tmp_path / "tokenizer.json"))
     encoder = Tokens(tmp_path)
     assert not encoder.by_word
-    assert found(encoder, ["a bad face"]) == expected(tmp_path, ["a bad face"])
+    (ids,) = found(encoder, [f"a {added}, a"])
+    assert [ids] == expected(tmp_path, [f"a {added}, a"]) and changed.token_to_id(added) in ids
+
+
+def test_added_tokens_of_one_word_leave_the_way_by_word(folder: Path, tmp_path: Path) -> None:
+    changed = vocab.load(folder)
+    changed.add_tokens(["c++", "abba"])
+    changed.save(str(tmp_path / "tokenizer.json"))
+    encoder = Tokens(tmp_path)
+    sentences = ["a c++-abba (c++) a", "abba's"]
+    assert encoder.by_word and found(encoder, sentences) == expected(tmp_path, sentences)
