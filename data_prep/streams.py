@@ -57,28 +57,34 @@ def chunks(
     Raises EarlyBertError naming the file where compression breaks off, and for a `text` at the offset of the
     first byte that is not UTF-8; without `check`, bad bytes are the caller's matter.
     """
-    decoded = _Text(str(path), check=check) if text else None
-    offset = 0
     with open(path, "rb") as file:
-        read, form = _decompressed(file)
-        while True:
-            try:
-                chunk = read(_CHUNK)
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise EarlyBertError(
-                    f"{path}: the {form} stream breaks after {offset} bytes of content ({error}); "
-                    "the file is truncated or damaged, get it again"
-                ) from error
-            ended = not chunk
-            if decoded is not None:
-                chunk = decoded.next(chunk)
-            offset += len(chunk)
-            if progress is not None:
-                progress(file.tell())
-            if chunk:
-                yield chunk
-            if ended:
-                return
+        yield from _chunks(file, str(path), progress=progress, text=text, check=check)
+
+
+def _chunks(
+    file: IO[bytes], what: str, *, progress: Progress | None = None, text: bool = True, check: bool = True
+) -> Iterator[bytes]:
+    decoded = _Text(what, check=check) if text else None
+    offset = 0
+    read, form = _decompressed(file)
+    while True:
+        try:
+            chunk = read(_CHUNK)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise EarlyBertError(
+                f"{what}: the {form} stream breaks after {offset} bytes of content ({error}); "
+                "the file is truncated or damaged, get it again"
+            ) from error
+        ended = not chunk
+        if decoded is not None:
+            chunk = decoded.next(chunk)
+        offset += len(chunk)
+        if progress is not None:
+            progress(file.tell())
+        if chunk:
+            yield chunk
+        if ended:
+            return
 
 
 class _Text:
@@ -129,10 +135,9 @@ class _Text:
         return without
 
 
-def check_text(data: bytes, *, what: str) -> str:
-    """Decode a whole text; raises EarlyBertError naming `what` and the first bad byte."""
-    text = _Text(what, check=True)
-    return (text.next(data) + text.next(b"")).decode("utf-8")
+def text_of(data: bytes, *, what: str) -> str:
+    """Read a whole text as `lines` reads a file, decompressed and checked; `what` names it in messages."""
+    return "\n".join(_lines(_chunks(io.BytesIO(data), what), what))
 
 
 def lines(path: Path, *, progress: Progress | None = None) -> Iterator[str]:
@@ -140,15 +145,19 @@ def lines(path: Path, *, progress: Progress | None = None) -> Iterator[str]:
 
     Raises EarlyBertError also for a line too long to be one.
     """
+    return _lines(chunks(path, progress=progress), str(path))
+
+
+def _lines(source: Iterable[bytes], what: str) -> Iterator[str]:
     held: list[bytes] = []
     length = number = 0
-    for chunk in chunks(path, progress=progress):
+    for chunk in source:
         first, *others = chunk.split(b"\n")
         held.append(first)
         length += len(first)
         if length > _LONGEST_LINE:
             raise EarlyBertError(
-                f"{path}, line {number + 1}: longer than {_LONGEST_LINE:,} bytes; is it text? Break its lines"
+                f"{what}, line {number + 1}: longer than {_LONGEST_LINE:,} bytes; is it text? Break its lines"
             )
         if others:
             others.insert(0, b"".join(held))

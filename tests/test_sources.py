@@ -190,6 +190,26 @@ def test_an_archive_and_a_folder_of_the_same_books_read_the_same(
     assert [raw.id for raw in read(f"books:{folder}")] == list(books)
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz", "zip", None])
+def test_compressed_books_are_read_from_a_folder_and_an_archive(mode: str | None, tmp_path: Path) -> None:
+    texts = {form: f"Ein süßes Buch,\nals {form}." for form in COMPRESSIONS}
+    books = {f"{form}.txt.{form}": bytes(COMPRESSIONS[form](text.encode())) for form, text in texts.items()}
+    place = tmp_path / {None: "books", "zip": "b.zip"}.get(mode, "b.tar")
+    if mode is None:
+        place.mkdir()
+        for name, content in books.items():
+            (place / name).write_bytes(content)
+    else:
+        _tar(place, books, mode)
+    assert [raw.text for raw in read(f"books:{place}")] == list(texts.values())
+
+
+def test_a_book_in_an_archive_whose_compression_breaks_off_is_refused_by_name(tmp_path: Path) -> None:
+    _tar(tmp_path / "a.tar", {"b.txt.gz": gzip.compress(b"Text. " * 999)[:-9]}, "w")
+    with pytest.raises(EarlyBertError, match=r"a\.tar: b\.txt\.gz: the gz stream breaks after \d+ bytes"):
+        read(f"books:{tmp_path}/a.tar")
+
+
 def test_bad_books_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EarlyBertError, match="no such folder or archive"):
         sources.files(sources.parse(f"books:{tmp_path}/none"))
