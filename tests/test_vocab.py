@@ -135,6 +135,22 @@ def test_a_given_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert vocab.identity(given) == vocab.identity(taken)
 
 
+@pytest.mark.parametrize("letters", [vocab.Letters(cased=True), vocab.Letters(accents=False)], ids=str)
+def test_letters_are_chosen_for_a_bare_vocabulary_and_refused_for_a_whole_tokenizer(
+    letters: vocab.Letters, tmp_path: Path
+) -> None:
+    vocab.save(vocab.learn(sentences(), vocab_size=320), tmp_path)
+    with pytest.raises(EarlyBertError, match=r"its tokenizer\.json says .*leave --cased and --accents out"):
+        vocab.identity(tmp_path, letters)
+    for bare in (tmp_path / "vocab.txt", tmp_path):
+        if bare == tmp_path:
+            (tmp_path / "tokenizer.json").unlink()
+        assert vocab.identity(bare, letters) == vocab.identity(bare)
+        vocab.take(bare, tmp_path / "taken", letters)
+        config = json.loads((tmp_path / "taken" / "tokenizer_config.json").read_text())
+        assert config["do_lower_case"] != letters.cased
+
+
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EarlyBertError, match=r"no tokenizer\.json or vocab\.txt"):
         vocab.identity(tmp_path)
