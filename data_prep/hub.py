@@ -96,7 +96,8 @@ class Stream:
                     f"{', '.join(sorted(row))}); give a corpus that has one"
                 )
             progress(number + 1)
-            yield str(row.get("id", f"{self.pattern}:{part[0]}:{number}")), text
+            id = row.get("id")
+            yield f"{self.pattern}:{part[0]}:{number}" if id is None else str(id), text
 
     def _dataset(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
         import datasets

@@ -159,7 +159,8 @@ def _find(given: Path) -> Path:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        pieces = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also ends a line within a piece: at U+2028, U+0085 and the like.
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise EarlyBertError(
             f"--tokenizer {path}: not UTF-8 ({error}); give a WordPiece vocabulary"

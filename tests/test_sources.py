@@ -49,6 +49,21 @@ def test_a_pattern_without_a_match_is_refused(kind: str, tmp_path: Path) -> None
         sources.files(sources.parse(f"{kind}:{tmp_path}/*.none"))
 
 
+def test_a_file_that_a_pattern_matches_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("c.txt", "a/b/d.txt"):
+        (tmp_path / name).write_text(name)
+    assert [raw.text for raw in read(f"text:{tmp_path}/**/**/*.txt")] == ["a/b/d.txt", "c.txt"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl:{}/train.jsonl", "hf:{}", "hf-stream:{}"])
+def test_rows_whose_id_is_null_have_ids_of_their_own(kind: str, tmp_path: Path) -> None:
+    rows = [{"id": None, "text": text} for text in ARTICLES[:3]]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ids = [raw.id for raw in read(kind.format(tmp_path))]
+    assert len(set(ids)) == 3 and "None" not in ids
+
+
 def test_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(EarlyBertError, match="is empty: 1 files of 0 bytes"):
