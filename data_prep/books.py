@@ -1,4 +1,4 @@
-"""Books: a text or Markdown file each, in a folder or in a tar or zip archive."""
+"""Books: a text or Markdown file each, compressed or not, in a folder or in a tar or zip archive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_prep.raw import Raw
 from earlybert.config import EarlyBertError
 
 _BOOK_SUFFIXES = frozenset({".txt", ".md", ".markdown", ".text"})
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst")
 _ARCHIVES = (*_TAR_SUFFIXES, ".zip")
 
 
@@ -40,7 +40,7 @@ def files(path: Path, word: str) -> list[Path]:
 
 def _is_book(name: str) -> bool:
     stem = name.lower()
-    for compressed in (".gz", ".xz", ".bz2"):
+    for compressed in (".gz", ".xz", ".bz2", ".zst"):
         stem = stem.removesuffix(compressed)
     return Path(stem).suffix in _BOOK_SUFFIXES and not name.startswith(".")
 
@@ -84,4 +84,4 @@ def _member(path: Path, member: str, read: Callable[[], bytes]) -> Iterator[Raw]
     if not _is_book(name):
         yield Raw(id=name, text="", dropped="not a book file")
         return
-    yield Raw(id=name, text=streams.check_text(read(), what=f"{path}: {member}"))
+    yield Raw(id=name, text=streams.text_of(read(), what=f"{path}: {member}"))

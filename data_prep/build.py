@@ -36,7 +36,7 @@ from earlybert.shards import (
     write_manifest,
 )
 
-_PREPARATION_VERSION = 3
+_PREPARATION_VERSION = 4
 """Raised where the same settings give other shards than before."""
 
 _VOCABULARY_CHARACTERS = 256_000_000
@@ -61,7 +61,7 @@ class BuildSettings:
     where: Where = field(default_factory=Where)
     """Processes of this machine or of a cluster."""
     letters: vocab.Letters = field(default_factory=vocab.Letters)
-    """Whether upper case and accents are kept."""
+    """Whether upper case and accents are kept; a given tokenizer.json says it itself."""
     reserved: int = 0
     """At least so many pieces `[unused0]`, ... of a learnt vocabulary stand for nothing yet."""
     min_words: int = 15
@@ -86,6 +86,8 @@ class BuildSettings:
             raise SettingsError(f"a source is given twice: {' '.join(self.sources)}; give each once")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise SettingsError("--tokenizer and --vocab-size are both given; keep one")
+        if self.tokenizer is not None and self.reserved:
+            raise SettingsError(f"--tokenizer and --reserved {self.reserved} are both given; keep one")
         if self.vocab_size is not None:
             vocab.check_size(self.vocab_size)
         if not 1 <= self.tasks <= 99_999:
@@ -414,7 +416,7 @@ def _identity(settings: BuildSettings, inputs: list[tuple[Source, list[Place]]])
         read.append({"kind": source.kind, "files": len(paths), "bytes": size, "sha256": marks})
     tokenizer = None
     if settings.tokenizer is not None:
-        tokenizer = vocab.identity(Path(settings.tokenizer))
+        tokenizer = vocab.identity(Path(settings.tokenizer), settings.letters)
     return {
         "version": _PREPARATION_VERSION,
         "sources": read,

@@ -82,7 +82,7 @@ _LINK = re.compile(r"\[([^\]]+)\]\((?:[^()]|\([^)]*\))*\)")
 _FOOTNOTE = re.compile(r"\[\^?\d{1,4}\]|\[\^[^\]\s]+\]:?")
 _STRONG = re.compile(r"(\*{1,3})(?=\S)(.+?)(?<=\S)\1")
 _EMPHASIS = re.compile(r"(?<![\w_])_{1,3}(?=\S)(.+?)(?<=\S)_{1,3}(?![\w_])")
-_QUOTE_OR_ITEM = re.compile(r"^ *(?:> ?)+| *^[*+-] +(?=\S)")
+_QUOTE_OR_ITEM = re.compile(r"^ *(?:> ?)+|^ *[*+-] +(?=\S)")
 _ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#+.!>-])")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +30,9 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_prep.report import Examples
+from data_prep.words import count_words, find_words
 
 Kind = Literal["near", "exact", "none"]
-_WORDS = re.compile(r"\w+")
 _PRIME = np.uint64((1 << 61) - 1)
 _PIECE = 4096
 """Runs of words hashed at a time."""
@@ -55,7 +54,7 @@ class Signature(MinhashDedupSignature):
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Hashes of the runs of words, uint64 [runs, 1]; of the whole where it is shorter than a run."""
-        words = _WORDS.findall(text.lower())
+        words = find_words(text.lower())
         run = self.config.n_grams
         if self.kind == "exact" or len(words) < run:
             return (
@@ -99,7 +98,7 @@ class Unique(PipelineStep):
                 self.stat_update(f"{index}|dropped|{reason}")
                 examples.add(f"{index}|dropped|{reason}", document.id)
                 continue
-            self.stat_update(f"{index}|words", value=len(text.split()))
+            self.stat_update(f"{index}|words", value=count_words(text))
             self.stat_update(f"{index}|characters", value=len(text))
             yield document
         examples.write()

@@ -18,21 +18,34 @@ from data_prep import streams, tables
 from earlybert.config import EarlyBertError
 
 _SPLIT = "train"
+_READ_HERE = ("parquet", "json", "text")
+"""Readers of `datasets` for whose files there is one here."""
 
 
 def files(pattern: str, *, word: str) -> list[Path]:
     """The files of NAME[,CONFIG], in the corpus' order; `word` names the source in messages.
 
-    Raises EarlyBertError for a name or configuration that is not there, or where the hub cannot be reached.
+    Raises EarlyBertError for a name or configuration that is not there, where the hub cannot be reached, and
+    for files that are neither Parquet nor JSON lines nor text.
     """
     import datasets
 
     def fetch() -> list[Path]:
-        places = _places(_builder(pattern), word)
+        builder = _builder(pattern)
+        places = _places(builder, word)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in _READ_HERE:
+            raise _not_read_here(places[0], f"read by the reader {kind!r} of datasets", word)
         remote = [place for place in places if "://" in place]
         local = datasets.DownloadManager().download(remote) if remote else []
         fetched = dict(zip(remote, local, strict=True))
-        return [Path(fetched.get(place, place)) for place in places]
+        found = [Path(fetched.get(place, place)) for place in places]
+        if kind == "json":
+            for place, path in zip(places, found, strict=True):
+                start = next(streams.chunks(path, check=False), b"").lstrip()
+                if start and not start.startswith(b"{"):
+                    raise _not_read_here(place, "JSON, but not an object a line", word)
+        return found
 
     return _told(fetch, word)
 
@@ -83,7 +96,8 @@ class Stream:
                     f"{', '.join(sorted(row))}); give a corpus that has one"
                 )
             progress(number + 1)
-            yield str(row.get("id", f"{self.pattern}:{part[0]}:{number}")), text
+            id = row.get("id")
+            yield f"{self.pattern}:{part[0]}:{number}" if id is None else str(id), text
 
     def _dataset(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
         import datasets
@@ -93,6 +107,13 @@ class Stream:
         if part[1] > 1:
             dataset = dataset.shard(num_shards=part[1], index=part[0])
         return iter(dataset)
+
+
+def _not_read_here(place: str, what: str, word: str) -> EarlyBertError:
+    return EarlyBertError(
+        f"source {word!r}: {Path(place).name} is {what}; write the source as hf-stream:, or give "
+        "Parquet files or JSON lines"
+    )
 
 
 def _builder(pattern: str) -> Any:

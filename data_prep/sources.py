@@ -104,7 +104,8 @@ def files(source: Source) -> Sequence[Place]:
     elif source.kind == "hf":
         found = hub.files(source.pattern, word=source.word)
     else:
-        found = sorted(Path(p) for p in glob.glob(source.pattern, recursive=True) if Path(p).is_file())
+        matches = set(map(Path, glob.glob(source.pattern, recursive=True)))  # **/** gives a file twice
+        found = sorted(path for path in matches if path.is_file())
         if not found:
             raise EarlyBertError(
                 f"source {source.word!r}: no file matches; check the path, and quote the pattern"
@@ -187,7 +188,8 @@ def _read_jsonl(path: Path, progress: Progress) -> Iterator[Raw]:
                 f"{path}, line {number}: no text; each line needs an object with a string field 'text' "
                 f"(found: {have})"
             )
-        yield Raw(id=str(row.get("id", f"{path.name}:{number}")), text=text)
+        id = row.get("id")
+        yield Raw(id=f"{path.name}:{number}" if id is None else str(id), text=text)
 
 
 _DOC_START = re.compile(r'<doc id="([^"]*)"(?:[^>]* title="(.*)")?[^>]*>\s*$')

@@ -27,6 +27,7 @@ from data_prep.report import Examples
 from data_prep.sources import Place, Source
 from data_prep.tokens import Tokens
 from data_prep.wikipedia import STUB_WORDS
+from data_prep.words import count_words
 from earlybert.config import write_atomically
 from earlybert.shards import ShardWriter, shard_name, token_type_for
 
@@ -106,7 +107,7 @@ class Clean(PipelineStep):
             if reason is None:
                 with self.track_time():
                     document.text = self.sources[index].clean(raw)
-                    words = len(document.text.split())
+                    words = count_words(document.text)
                     reason = self._why_dropped(document.text, words, stub=raw.details.get("stub", False))
             if reason is not None:
                 label = f"{index}|dropped|{reason}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import functools
 import gzip
 import hashlib
 import io
@@ -56,28 +57,34 @@ def chunks(
     Raises EarlyBertError naming the file where compression breaks off, and for a `text` at the offset of the
     first byte that is not UTF-8; without `check`, bad bytes are the caller's matter.
     """
-    decoded = _Text(str(path), check=check) if text else None
-    offset = 0
     with open(path, "rb") as file:
-        stream, form = _decompressed(file)
-        while True:
-            try:
-                chunk = stream.read(_CHUNK)
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise EarlyBertError(
-                    f"{path}: the {form} stream breaks after {offset} bytes of content ({error}); "
-                    "the file is truncated or damaged, get it again"
-                ) from error
-            ended = not chunk
-            if decoded is not None:
-                chunk = decoded.next(chunk)
-            offset += len(chunk)
-            if progress is not None:
-                progress(file.tell())
-            if chunk:
-                yield chunk
-            if ended:
-                return
+        yield from _chunks(file, str(path), progress=progress, text=text, check=check)
+
+
+def _chunks(
+    file: IO[bytes], what: str, *, progress: Progress | None = None, text: bool = True, check: bool = True
+) -> Iterator[bytes]:
+    decoded = _Text(what, check=check) if text else None
+    offset = 0
+    read, form = _decompressed(file)
+    while True:
+        try:
+            chunk = read(_CHUNK)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise EarlyBertError(
+                f"{what}: the {form} stream breaks after {offset} bytes of content ({error}); "
+                "the file is truncated or damaged, get it again"
+            ) from error
+        ended = not chunk
+        if decoded is not None:
+            chunk = decoded.next(chunk)
+        offset += len(chunk)
+        if progress is not None:
+            progress(file.tell())
+        if chunk:
+            yield chunk
+        if ended:
+            return
 
 
 class _Text:
@@ -128,10 +135,9 @@ class _Text:
         return without
 
 
-def check_text(data: bytes, *, what: str) -> str:
-    """Decode a whole text; raises EarlyBertError naming `what` and the first bad byte."""
-    text = _Text(what, check=True)
-    return (text.next(data) + text.next(b"")).decode("utf-8")
+def text_of(data: bytes, *, what: str) -> str:
+    """Read a whole text as `lines` reads a file, decompressed and checked; `what` names it in messages."""
+    return "\n".join(_lines(_chunks(io.BytesIO(data), what), what))
 
 
 def lines(path: Path, *, progress: Progress | None = None) -> Iterator[str]:
@@ -139,15 +145,19 @@ def lines(path: Path, *, progress: Progress | None = None) -> Iterator[str]:
 
     Raises EarlyBertError also for a line too long to be one.
     """
+    return _lines(chunks(path, progress=progress), str(path))
+
+
+def _lines(source: Iterable[bytes], what: str) -> Iterator[str]:
     held: list[bytes] = []
     length = number = 0
-    for chunk in chunks(path, progress=progress):
+    for chunk in source:
         first, *others = chunk.split(b"\n")
         held.append(first)
         length += len(first)
         if length > _LONGEST_LINE:
             raise EarlyBertError(
-                f"{path}, line {number + 1}: longer than {_LONGEST_LINE:,} bytes; is it text? Break its lines"
+                f"{what}, line {number + 1}: longer than {_LONGEST_LINE:,} bytes; is it text? Break its lines"
             )
         if others:
             others.insert(0, b"".join(held))
@@ -190,15 +200,59 @@ def _form(start: bytes) -> str:
     return "plain"
 
 
-def _decompressed(file: IO[bytes]) -> tuple[IO[bytes], str]:
+def _decompressed(file: IO[bytes]) -> tuple[Callable[[int], bytes], str]:
+    """(what reads at most so many bytes of the content, the form)."""
     form = _form(file.read(6))
     file.seek(0)
     if form == "bz2":
-        return bz2.BZ2File(file), form
+        return _Members(file, bz2.BZ2Decompressor).read, form
     if form == "xz":
-        return lzma.LZMAFile(file), form
+        return _Members(file, functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)).read, form
     if form == "gz":
-        return gzip.GzipFile(fileobj=file), form  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=file).read, form
     if form == "zst":
-        return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), form
-    return file, form
+        return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd").read, form
+    return file.read, form
+
+
+_COMPRESSED = 1 << 15
+"""Bytes read at a time; what is left of them is copied at the end of each member."""
+
+
+class _Members:
+    """The members of a bz2 or xz file one after the other.
+
+    `bz2.BZ2File` and `lzma.LZMAFile` take a member whose first bytes are damaged for the end of the file.
+    Here what follows a member is another one, or zeros that fill the file up.
+    """
+
+    def __init__(
+        self, file: IO[bytes], new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]
+    ) -> None:
+        self._file = file
+        self._new = new
+        self._member = new()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        parts: list[bytes] = []
+        while size and (part := self._next(size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _next(self, size: int) -> bytes:
+        content = b""
+        while not content:
+            data = b""
+            if self._member.eof:
+                data = self._member.unused_data.lstrip(b"\0")
+                while not data:
+                    if not (data := self._file.read(_COMPRESSED)):
+                        return b""
+                    data = data.lstrip(b"\0")
+                self._member = self._new()
+            elif self._member.needs_input and not (data := self._file.read(_COMPRESSED)):
+                raise EOFError("it ends within a member")
+            content = self._member.decompress(data, size)
+        return content

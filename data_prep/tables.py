@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.words import count_words
 from earlybert.config import EarlyBertError
 
 Row = tuple[str, str]
@@ -69,7 +70,7 @@ def whole(rows: Iterator[Row], name: str) -> Iterator[Row]:
     first = list(islice(rows, _LOOKED_AT))
     texts = [text for _, text in first if text.strip()]
     every = chain(first, rows)
-    if not texts or statistics.median(len(text.split()) for text in texts) >= _SENTENCE_WORDS:
+    if not texts or statistics.median(map(count_words, texts)) >= _SENTENCE_WORDS:
         yield from every
         return
     if any("\n" in text.strip() for text in texts):

@@ -3,6 +3,9 @@
 BERT's normalizer and pre-tokenizer look at nothing across a space, so a sentence's ids are those of its
 space-separated words one after the other, and natural text repeats its words: each is encoded once and then
 looked up. A tokenizer of another kind, for which that is not so, encodes whole sentences.
+
+The surprise: a text that speaks of "[SEP]" is cut like any other, where a tokenizer by itself gives the id of
+the special token.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class Tokens:
         self._tokenizer = vocab.load(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # a text that says "[MASK]" masks nothing
         self.unknown = self._tokenizer.token_to_id("[UNK]")
         self.by_word = _is_by_word(folder)
         self._known: dict[str, Sequence[int]] = {}
@@ -74,5 +78,6 @@ def _is_by_word(folder: Path) -> bool:
         return (description.get(part) or {}).get("type")
 
     normal = kind("normalizer") in ("BertNormalizer", "Lowercase", None)
-    spaced = any(" " in token["content"] for token in description.get("added_tokens") or ())
-    return normal and kind("pre_tokenizer") == "BertPreTokenizer" and not spaced
+    parted = {" ", *_PUNCTUATION}
+    whole = any(not parted.isdisjoint(token["content"]) for token in description.get("added_tokens") or ())
+    return normal and kind("pre_tokenizer") == "BertPreTokenizer" and not whole

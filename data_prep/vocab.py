@@ -114,9 +114,17 @@ def save(tokenizer: Tokenizer, folder: Path, letters: Letters = Letters()) -> No
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
 
 
-def identity(given: Path) -> str:
-    """Hash an existing tokenizer; raises EarlyBertError where it is none or lacks a special token of BERT."""
+def identity(given: Path, letters: Letters = Letters()) -> str:
+    """Hash an existing tokenizer.
+
+    Raises EarlyBertError where it is none, lacks a special token of BERT, or says itself what `letters` are.
+    """
     path = _find(given)
+    if path.name == "tokenizer.json" and letters != Letters():
+        raise EarlyBertError(
+            f"--tokenizer {given}: its tokenizer.json says what becomes of upper case and accents; leave "
+            "--cased and --accents out, or give a vocab.txt"
+        )
     known = load(given).get_vocab() if path.name == "tokenizer.json" else _read_vocabulary(path)
     missing = [token for token in SPECIAL_TOKENS if token not in known]
     if missing:
@@ -151,7 +159,8 @@ def _find(given: Path) -> Path:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        pieces = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also ends a line within a piece: at U+2028, U+0085 and the like.
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise EarlyBertError(
             f"--tokenizer {path}: not UTF-8 ({error}); give a WordPiece vocabulary"

@@ -16,7 +16,7 @@ import functools
 import html
 import re
 
-from data_prep import clean, templates
+from data_prep import clean, templates, variants
 from data_prep.formulas import formula
 
 MEDIA, FILE, CATEGORY = -2, 6, 14
@@ -41,7 +41,7 @@ def plain(
     if "{{{" in text:
         text = _ARGUMENT.sub(r"\1", text)
     if "-{" in text:
-        text = text.replace("-{", "").replace("}-", "")
+        text = variants.chosen(text)
     text = _Marks(dropped_prefixes, title).read(text)
     if "//" in text or "mailto:" in text:
         text = _URL.sub("", _EXTERNAL.sub(_label, text))

@@ -296,6 +296,8 @@ def test_a_given_tokenizer_is_used_as_it_is(texts: Path, tmp_path: Path) -> None
     assert second.tokenizer_sha256 == first.tokenizer_sha256
     assert second.fingerprint != first.fingerprint
     assert [s.sha256 for s in second.shards] == [s.sha256 for s in first.shards]
+    with pytest.raises(EarlyBertError, match=r"tokenizer\.json says what becomes of upper case"):
+        build(dataclasses.replace(given, letters=vocab.Letters(cased=True)), tmp_path / "third", tell=quiet)
 
 
 def test_the_vocabulary_sample_is_chosen_by_the_seed(
@@ -320,6 +322,10 @@ def test_the_vocabulary_sample_is_chosen_by_the_seed(
         ({"min_words": -1}, "--min-words -1"),
         ({"max_words": 7}, "--max-words 7: at least --min-words"),
         ({"reserved": -1}, "--reserved -1"),
+        (
+            {"reserved": 9, "vocab_size": None, "tokenizer": "x"},
+            "--tokenizer and --reserved 9 are both given",
+        ),
         ({"vocab_size": 7}, "--vocab-size 7"),
         ({"language": "English"}, "--language 'English'"),
     ],

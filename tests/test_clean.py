@@ -78,8 +78,9 @@ def test_markdown_leaves_words_only() -> None:
     text = (
         "# Title: Emma\n\n## Author: Jane Austen\n\n-------\n\n### Chapter *One* ###\n\n"
         "She was _very_ **clever**[^1], see [the map](http://x.y/z_(a)) ![img](a.png).\n\n* * *\n\n"
-        "> A quoted line.\n\nsnake_case_name stays\\*."
+        "> A quoted line.\n\nsnake_case_name stays\\*.\n\n* One\n  - Two\n    + Three -1 - 2"
     )
     assert clean.book(text) == (
-        "Chapter One\n\nShe was very clever, see the map .\n\nA quoted line.\n\nsnake_case_name stays*."
+        "Chapter One\n\nShe was very clever, see the map .\n\nA quoted line.\n\nsnake_case_name stays*.\n\n"
+        "One\nTwo\nThree -1 - 2"
     )

@@ -49,6 +49,21 @@ def test_a_pattern_without_a_match_is_refused(kind: str, tmp_path: Path) -> None
         sources.files(sources.parse(f"{kind}:{tmp_path}/*.none"))
 
 
+def test_a_file_that_a_pattern_matches_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("c.txt", "a/b/d.txt"):
+        (tmp_path / name).write_text(name)
+    assert [raw.text for raw in read(f"text:{tmp_path}/**/**/*.txt")] == ["a/b/d.txt", "c.txt"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl:{}/train.jsonl", "hf:{}", "hf-stream:{}"])
+def test_rows_whose_id_is_null_have_ids_of_their_own(kind: str, tmp_path: Path) -> None:
+    rows = [{"id": None, "text": text} for text in ARTICLES[:3]]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ids = [raw.id for raw in read(kind.format(tmp_path))]
+    assert len(set(ids)) == 3 and "None" not in ids
+
+
 def test_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(EarlyBertError, match="is empty: 1 files of 0 bytes"):
@@ -188,6 +203,26 @@ def test_an_archive_and_a_folder_of_the_same_books_read_the_same(
         (folder / key).write_bytes(data)
     assert read(f"books:{tmp_path / name}") == read(f"books:{folder}")
     assert [raw.id for raw in read(f"books:{folder}")] == list(books)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "zip", None])
+def test_compressed_books_are_read_from_a_folder_and_an_archive(mode: str | None, tmp_path: Path) -> None:
+    texts = {form: f"Ein süßes Buch,\nals {form}." for form in COMPRESSIONS}
+    books = {f"{form}.txt.{form}": bytes(COMPRESSIONS[form](text.encode())) for form, text in texts.items()}
+    place = tmp_path / {None: "books", "zip": "b.zip"}.get(mode, "b.tar")
+    if mode is None:
+        place.mkdir()
+        for name, content in books.items():
+            (place / name).write_bytes(content)
+    else:
+        _tar(place, books, mode)
+    assert [raw.text for raw in read(f"books:{place}")] == list(texts.values())
+
+
+def test_a_book_in_an_archive_whose_compression_breaks_off_is_refused_by_name(tmp_path: Path) -> None:
+    _tar(tmp_path / "a.tar", {"b.txt.gz": gzip.compress(b"Text. " * 999)[:-9]}, "w")
+    with pytest.raises(EarlyBertError, match=r"a\.tar: b\.txt\.gz: the gz stream breaks after \d+ bytes"):
+        read(f"books:{tmp_path}/a.tar")
 
 
 def test_bad_books_are_refused(tmp_path: Path) -> None:
@@ -380,6 +415,24 @@ def test_a_folder_of_json_lines_is_read_as_a_hub_corpus(tmp_path: Path) -> None:
     rows = [{"id": i, "text": text} for i, text in enumerate(ARTICLES[:9])]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert [raw.text for raw in read(f"hf:{tmp_path}")] == ARTICLES[:9]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("train.csv", "id,text\n1,One.\n2,Two.\n", "read by the reader 'csv' of datasets"),
+        ("train.tsv", "id\ttext\n1\tOne.\n2\tTwo.\n", "read by the reader 'csv' of datasets"),
+        ("train.json", '\n[{"text": "One."}, {"text": "Two."}]', "JSON, but not an object a line"),
+    ],
+)
+def test_rows_that_only_datasets_can_read_are_streamed_and_refused_else(
+    name: str, content: str, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(EarlyBertError, match=rf"source 'hf:.*': {name} is {what}; .*as hf-stream:"):
+        read(f"hf:{tmp_path}")
+    (document,) = read(f"hf-stream:{tmp_path}")
+    assert document.text == "One.\nTwo."
 
 
 def test_a_hub_that_cannot_be_reached_or_a_folder_without_data_is_said(tmp_path: Path, monkeypatch) -> None:

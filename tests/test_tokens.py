@@ -39,7 +39,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def expected(folder: Path, sentences: list[str]) -> list[list[int]]:
-    return [e.ids for e in vocab.load(folder).encode_batch(sentences, add_special_tokens=False)]
+    tokenizer = vocab.load(folder)
+    tokenizer.encode_special_tokens = True
+    return [e.ids for e in tokenizer.encode_batch(sentences, add_special_tokens=False)]
 
 
 def found(encoder: Tokens, sentences: list[str]) -> list[list[int]]:
@@ -57,6 +59,18 @@ def test_ids_are_those_of_tokenizers_for_any_text(folder: Path, data: st.DataObj
     assert encoder.by_word
     for _ in range(2):  # as learnt and as remembered
         assert found(encoder, sentences) == expected(folder, sentences)
+
+
+@pytest.mark.parametrize("added", [None, "bad face"], ids=["by word", "whole"])
+def test_no_text_gives_the_id_of_a_special_token(added: str | None, folder: Path, tmp_path: Path) -> None:
+    tokenizer = vocab.load(folder)
+    if added is not None:
+        tokenizer.add_tokens([added])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = Tokens(tmp_path)
+    assert encoder.by_word == (added is None)
+    ids, lengths = encoder.encode(["A bad [MASK], [CLS] and[SEP].", "[PAD]"])
+    assert lengths.min() > 0 and {1}.issuperset(ids[ids < 5].tolist()), "[UNK] alone: of letters it has not"
 
 
 def test_what_is_remembered_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,10 +91,21 @@ def test_a_tokenizer_of_another_kind_encodes_whole_sentences(tmp_path: Path) -> 
     assert found(encoder, ["a b, c", "c, d"]) == [[1, 2], [2, 0]]
 
 
-def test_added_tokens_with_a_space_are_kept_whole(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("added", ["bad face", "covid-19", "node.js", "c/a"])
+def test_added_tokens_with_a_space_or_mark_are_kept_whole(added: str, folder: Path, tmp_path: Path) -> None:
     changed = vocab.load(folder)
-    changed.add_tokens(["bad face"])
+    changed.add_tokens([added])
     changed.save(str(tmp_path / "tokenizer.json"))
     encoder = Tokens(tmp_path)
     assert not encoder.by_word
-    assert found(encoder, ["a bad face"]) == expected(tmp_path, ["a bad face"])
+    (ids,) = found(encoder, [f"a {added}, a"])
+    assert [ids] == expected(tmp_path, [f"a {added}, a"]) and changed.token_to_id(added) in ids
+
+
+def test_added_tokens_of_one_word_leave_the_way_by_word(folder: Path, tmp_path: Path) -> None:
+    changed = vocab.load(folder)
+    changed.add_tokens(["c++", "abba"])
+    changed.save(str(tmp_path / "tokenizer.json"))
+    encoder = Tokens(tmp_path)
+    sentences = ["a c++-abba (c++) a", "abba's"]
+    assert encoder.by_word and found(encoder, sentences) == expected(tmp_path, sentences)

@@ -135,6 +135,36 @@ def test_a_given_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert vocab.identity(given) == vocab.identity(taken)
 
 
+@pytest.mark.parametrize("letters", [vocab.Letters(cased=True), vocab.Letters(accents=False)], ids=str)
+def test_letters_are_chosen_for_a_bare_vocabulary_and_refused_for_a_whole_tokenizer(
+    letters: vocab.Letters, tmp_path: Path
+) -> None:
+    vocab.save(vocab.learn(sentences(), vocab_size=320), tmp_path)
+    with pytest.raises(EarlyBertError, match=r"its tokenizer\.json says .*leave --cased and --accents out"):
+        vocab.identity(tmp_path, letters)
+    for bare in (tmp_path / "vocab.txt", tmp_path):
+        if bare == tmp_path:
+            (tmp_path / "tokenizer.json").unlink()
+        assert vocab.identity(bare, letters) == vocab.identity(bare)
+        vocab.take(bare, tmp_path / "taken", letters)
+        config = json.loads((tmp_path / "taken" / "tokenizer_config.json").read_text())
+        assert config["do_lower_case"] != letters.cased
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "end"])
+def test_a_piece_that_some_call_the_end_of_a_line_keeps_the_ids_after_it(
+    end: str, last: str, tmp_path: Path
+) -> None:
+    pieces = [*vocab.SPECIAL_TOKENS, "a", "\u2028", "b", "\x85", "\x1c", "c"]
+    text = end.join(pieces) + (end if last == "end" else "")
+    (tmp_path / "vocab.txt").write_bytes(text.encode())
+    vocab.take(tmp_path, tmp_path / "taken", vocab.Letters())
+    taken = vocab.load(tmp_path / "taken")
+    assert [taken.id_to_token(i) for i in range(taken.get_vocab_size())] == pieces
+    assert vocab._read_vocabulary(tmp_path / "taken" / "vocab.txt") == taken.get_vocab()
+
+
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EarlyBertError, match=r"no tokenizer\.json or vocab\.txt"):
         vocab.identity(tmp_path)

@@ -55,6 +55,14 @@ from data_prep import clean, templates, wikitext
         ("A {{stray}} }} and ]] and [[half.", "A and and half."),
         ("L''''Italia''' e l'''Adige marathon''.", "L'Italia e l'Adige marathon."),
         ("'''''both''''' and '''b''' ''i''", "both and b i"),
+        (
+            "The Franco-{{lang|de|Preussisch}} war, the {{lang|la|pro}}-form, {a}-b.",
+            "The Franco-Preussisch war, the pro-form, {a}-b.",
+        ),
+        ("-{zh-hans:计算机; zh-hant:電腦;}-和-{zh:[[A;b|软件]];zh-tw:{{lang|zh|軟體}}}-", "计算机和软件"),
+        ("-{H|zh-cn:a;zh-tw:b}-好-{A|zh-cn:;zh-tw:x}-，-{R|原}--{字: 1; 2}-", "好x，原字: 1; 2"),
+        ("-{zh-hans;zh-hant|名}-（-{a -{zh:b;zh-hk:c}- d}-）-{ e", "名（a b d）-{ e"),
+        ("-{" + "长" * 3000 + "-{zh:b;zh-hk:c}-}-", "长" * 3000 + "b"),
         ("{{quote|To be|Hamlet}}", "To be\n— Hamlet"),
         ("{{{1|default}}} {{PAGENAME}} {{uc:abc}}", "default Rome ABC"),
         (
@@ -72,6 +80,7 @@ MARKS = [
     "[[", "]]", "{{", "}}", "|", "\n{|", "\n|}", "\n|-", "''", "'''", "<ref>", "</ref>", "<math>",
     "<!--", "-->",
     "<nowiki>", "</nowiki>", "\n== ", " ==\n", "\n* ", "<br>", "{{{", "}}}", "&amp;", "\ue000",
+    "-{", "}-", "zh:", ";",
     "\ue007", "a", " b ",
 ]  # fmt: skip
 
@@ -117,6 +126,12 @@ def test_any_heap_of_marks_gives_prose_without_private_characters(source: str) -
         "{{{a|" * 50_000 + "}" * 150_000,
         "''a'" * 100_000,
         "\n|" * 200_000,
+        "-{" * 100_000 + "}-" * 100_000,
+        "-{a" * 100_000 + "}-" * 100_000,
+        "-{zh:a;" * 50_000 + "b}-" * 50_000,
+        "-{" + "-{}-" * 100_000 + "}-" * 9,
+        "-{zh" + " ;" * 200_000 + "}-",
+        "}}" * 100_000 + "}-" * 100_000,
     ],
     ids=lambda source: source[:8].strip() or "blank",
 )
