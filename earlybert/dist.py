@@ -6,10 +6,13 @@ rank() == 0`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+
+from earlybert.config import EarlyBertError
 
 T = TypeVar("T")
 
@@ -85,6 +88,19 @@ def from_rank_0(value: T) -> T:
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def check_on_rank_0(check: Callable[[], None]) -> None:
+    """Call `check` on rank 0, and raise the EarlyBertError or OSError that it raises on every rank, as an
+    EarlyBertError. Collective."""
+    problem = None
+    if rank() == 0:
+        try:
+            check()
+        except (EarlyBertError, OSError) as error:  # the others wait to hear of it
+            problem = str(error)
+    if (problem := from_rank_0(problem)) is not None:
+        raise EarlyBertError(problem)
 
 
 def agree(value: Any, *, what: str) -> None:

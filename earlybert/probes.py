@@ -8,6 +8,7 @@ start. Nothing here is collective but `check` and `settle`, and nothing that hap
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -62,16 +63,8 @@ def check(experiment: Experiment, *, tokenizer: Path) -> None:
 
     `tokenizer`: the corpus' folder of it. Rank 0 reads the tasks' files: the probes run on its machine.
     """
-    if not experiment.evaluate.tasks:
-        return
-    problem = None
-    if dist.rank() == 0:
-        try:
-            _check(experiment, tokenizer=tokenizer)
-        except EarlyBertError as error:
-            problem = str(error)
-    if (problem := dist.from_rank_0(problem)) is not None:
-        raise EarlyBertError(problem)
+    if experiment.evaluate.tasks:
+        dist.check_on_rank_0(functools.partial(_check, experiment, tokenizer=tokenizer))
 
 
 def _check(experiment: Experiment, *, tokenizer: Path) -> None:

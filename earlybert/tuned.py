@@ -7,7 +7,6 @@ rows that changed are refused beside a finished seed only; a run in progress sta
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def check(settings: Finetuning, *, precision: str) -> None:
         for recipe in map(settings.of, settings.tasks):
             check_task(settings.folder / recipe.task, recipe, precision=precision)
 
-    _on_rank_0(check_all)
+    dist.check_on_rank_0(check_all)
 
 
 def check_task(folder: Path, recipe: Recipe, *, precision: str) -> None:
@@ -75,20 +74,7 @@ def check_rows(folder: Path, task: Task, *, data: str) -> None:
                         "tune it again, or choose another name="
                     )
 
-    _on_rank_0(check_all)
-
-
-def _on_rank_0(check_all: Callable[[], None]) -> None:
-    """Call `check_all` on rank 0 and raise what it finds on every rank. Collective."""
-    problem = None
-    if dist.rank() == 0:
-        try:
-            check_all()
-        except (EarlyBertError, OSError) as error:  # the others wait to hear of it
-            problem = str(error)
-    problem = dist.from_rank_0(problem)
-    if problem is not None:
-        raise EarlyBertError(problem)
+    dist.check_on_rank_0(check_all)
 
 
 def _recipe(seed: Path) -> dict[str, Any] | None:
