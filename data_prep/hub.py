@@ -36,16 +36,20 @@ def files(pattern: str, *, word: str) -> list[Path]:
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in _READ_HERE:
             raise _not_read_here(places[0], f"read by the reader {kind!r} of datasets", word)
-        remote = [place for place in places if "://" in place]
-        local = datasets.DownloadManager().download(remote) if remote else []
-        fetched = dict(zip(remote, local, strict=True))
-        found = [Path(fetched.get(place, place)) for place in places]
-        if kind == "json":
-            for place, path in zip(places, found, strict=True):
+        manager = datasets.DownloadManager()
+
+        def local(chosen: list[str]) -> list[Path]:
+            remote = [place for place in chosen if "://" in place]
+            fetched = dict(zip(remote, manager.download(remote) if remote else [], strict=True))
+            found = [Path(fetched.get(place, place)) for place in chosen]
+            for place, path in zip(chosen, found, strict=True) if kind == "json" else ():
                 start = next(streams.chunks(path, check=False), b"").lstrip()
                 if start and not start.startswith(b"{"):
-                    raise _not_read_here(place, "JSON, but not an object a line", word)
-        return found
+                    raise _not_read_here(place, "called JSON, but does not begin with an object", word)
+            return found
+
+        local(places[:1])  # a mistake is told before all of a corpus is fetched
+        return local(places)
 
     return _told(fetch, word)
 

@@ -17,6 +17,7 @@ from torch import nn
 from earlybert import state
 from earlybert.adapters import Adapter, Layer
 from earlybert.config import as_dict
+from earlybert.targets import layers_gone
 from earlybert.ticket import Ticket, TicketSettings, draw
 
 
@@ -101,9 +102,8 @@ def layerdrop_ticket(
 
 
 def dropped_layers(count: int, *, ratio: float) -> tuple[int, ...]:
-    """Indices of `round(ratio * count)` layers in the middle of equal stretches; at most half of them, so
-    that the first is never among them."""
-    gone = min(round(ratio * count), count // 2)
+    """Indices of `targets.layers_gone` layers in the middle of equal stretches."""
+    gone = layers_gone(count, ratio=ratio)
     return tuple((2 * place + 1) * count // (2 * gone) for place in range(gone))
 
 

@@ -259,8 +259,10 @@ class PackedSamples:
         if self._weights is not None:
             decides["weights"] = self._weights
         count = len(self.corpus)
-        if settings.objective != "mlm+nsp" and not 2 <= round(count * settings.held_out) <= count - 2:
-            decides["least"] = 2  # a split of such a corpus could have one document before
+        if settings.objective != "mlm+nsp" and count >= 4:
+            before, now = (_held(count, settings.held_out, least=least) for least in (1, 2))
+            if before != now:  # a split of such a corpus could have one document before
+                decides["least"] = 2
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8")).hexdigest()
 
 
@@ -277,11 +279,16 @@ def split_documents(corpus: Corpus, *, settings: DataSettings, split: Split) -> 
             f"{corpus.folder} has {count} documents, objective {settings.objective!r} with a held-out split "
             f"needs {2 * least}; prepare a larger corpus"
         )
-    held = min(max(round(count * settings.held_out), least), count - least)
+    held = _held(count, settings.held_out, least=least)
     hashes = scramble(np.arange(count, dtype=np.uint64), key=key_of("held out"))
     chosen = np.zeros(count, dtype=bool)
     chosen[np.argpartition(hashes, held - 1)[:held]] = True
     return np.flatnonzero(chosen if split == "held_out" else ~chosen)
+
+
+def _held(count: int, share: float, *, least: int) -> int:
+    """Documents that are held out, where each split has `least` of them."""
+    return min(max(round(count * share), least), count - least)
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int, tokenizer_sha256: str | None = None) -> None:

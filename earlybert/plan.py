@@ -210,7 +210,7 @@ def small_widths(experiment: Experiment, *, vocabulary: int) -> Widths:
         return dense
     work = work_of(experiment, vocabulary=vocabulary)
     if settings.kind == "layerdrop":
-        stays = len(dense.heads) - round(settings.layer_ratio * len(dense.heads))
+        stays = len(dense.heads) - targets.layers_gone(len(dense.heads), ratio=settings.layer_ratio)
         return Widths(dense.heads[:stays], dense.neurons[:stays])
     now = dense
     for draw in range(1, settings.draws + 1):

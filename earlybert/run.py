@@ -136,14 +136,12 @@ def claim(
     problem: str | None = None
     holder = _holder()
     if dist.rank() == 0:
-        problem = _problem(experiment, corpus=corpus, where=where, origin=origin)
-        if problem is None:
-            try:
+        try:
+            problem = _problem(experiment, corpus=corpus, where=where, origin=origin)
+            if problem is None:
                 lock, problem = _lock(experiment.folder, holder)
-            except OSError as error:  # the others wait to hear of it
-                problem = (
-                    f"the run folder cannot be used ({error}); set runs= to a folder that can be written"
-                )
+        except OSError as error:  # the others wait to hear of it
+            problem = f"the run folder cannot be used ({error}); set runs= to a folder that can be written"
     problem, holder = dist.from_rank_0((problem, holder))
     if problem is None:
         blind = None if dist.rank() == 0 else _blind(experiment.folder, holder)
@@ -281,6 +279,8 @@ def _problem(experiment: Described, *, corpus: str, where: str, origin: tuple[st
         stated = json.loads(stamp.read_text(encoding="utf-8"))
     except ValueError as error:
         return f"{stamp} cannot be read ({error}); restore it or choose another name"
+    if not isinstance(stated, dict):
+        return f"{stamp} holds no JSON object; restore it or choose another name"
     if stated.get("experiment") != experiment.fingerprint:
         return (
             f"{folder} holds another experiment than {where} with these overrides (compare its "

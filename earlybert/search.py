@@ -181,7 +181,8 @@ class Search:
                     f"step {step}: {told}; draw earlier (ticket.latest_step = {earlier}), or set "
                     'ticket.on_breakdown = "draw" to take the mask from before'
                 )
-            return f"{told}: drawn with the mask of step {', '.join(str(self.steps[look]) for look in looks)}"
+            which = f"mask of step {self.steps[looks[0]]}" if len(looks) == 1 else "masks from before"
+            return f"{told}: drawn with the {which}"
         if since >= settings.minimum_step and None not in self.settled:
             return f"settled: distance {far_heads:.3f} heads, {far_neurons:.3f} neurons"
         if since >= settings.latest_step:

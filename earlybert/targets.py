@@ -92,7 +92,7 @@ def check(settings: TicketSettings, *, dense: Widths, work: Work) -> None:
             raise SettingsError(
                 'ticket.kind = "layerdrop" keeps the first layer, and there is no other; use another kind'
             )
-        if not round(settings.layer_ratio * layers):
+        if not layers_gone(layers, ratio=settings.layer_ratio):
             raise SettingsError(
                 f"ticket.layer_ratio = {settings.layer_ratio} removes none of {layers} layers; use "
                 f"{1 / layers:.2f} for one of them"
@@ -103,6 +103,11 @@ def check(settings: TicketSettings, *, dense: Widths, work: Work) -> None:
         rules = resolved(settings, now=now, dense=dense, draw=number, work=work)
         rules.check_shape(now.heads, now.neurons)
         now = kept_widths(rules, now)
+
+
+def layers_gone(count: int, *, ratio: float) -> int:
+    """How many of `count` layers LayerDrop removes; at most half of them, so that the first one stays."""
+    return min(round(ratio * count), count // 2)
 
 
 def kept_widths(settings: TicketSettings, now: Widths) -> Widths:

@@ -36,8 +36,9 @@ _ANSWERS_WITHIN = 5.0
 _WAITS, _SILENT = 60.0, 30.0
 """After waiting so long a rank asks who has been silent for so long: a dead host need not cost `seconds`."""
 _ALARM = "the run stood still"
-_DONE = "it stopped"
 """Why a rank left that was not at fault: the others' silence."""
+_DONE = "it stopped"
+"""Why a rank left that came to its end."""
 
 
 class RankLost(EarlyBertError):
@@ -214,9 +215,10 @@ def explained(watch: Watch) -> Iterator[None]:
 
     Raises RankLost where another rank is gone, EarlyBertError for a file that cannot be read or written.
     """
-    why = _DONE
+    why = ""
     try:
         yield
+        why = _DONE
     except RuntimeError as error:
         # What a collective says when another rank is gone is a matter of sockets: say which rank.
         if (lost := watch.lost()) is None:
@@ -233,6 +235,9 @@ def explained(watch: Watch) -> Iterator[None]:
         raise EarlyBertError(
             f"{error}; mend that, then start the same command again: it goes on from the newest checkpoint"
         ) from error
+    except BaseException as error:  # a bug, or an interrupt
+        why = f"{type(error).__name__}: {error}"
+        raise
     finally:
         watch.leave(why)
 

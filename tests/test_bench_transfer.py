@@ -115,7 +115,7 @@ def test_programs_that_the_time_ends_while_they_start_are_no_failures(transfer, 
         return begun[-1:]
 
     monkeypatch.setattr(bench, "start", start)
-    assert bench.measure(arguments(tmp_path, minutes=0.5 / 60))["rows"] == {}
+    assert bench.measure(arguments(tmp_path, minutes=0.5 / 60, override=[]))["rows"] == {}
     assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2, "two of four, as many as jobs"
 
 
@@ -132,7 +132,7 @@ def test_programs_that_a_signal_to_all_ends_are_no_failures(transfer, tmp_path, 
         return begun[-1:]
 
     monkeypatch.setattr(bench, "start", start)
-    assert bench.measure(arguments(tmp_path, jobs=1))["rows"] == {}
+    assert bench.measure(arguments(tmp_path, jobs=1, override=[]))["rows"] == {}
     assert [process.returncode for process in begun] == [-signal.SIGINT]
 
 
@@ -181,7 +181,6 @@ def _alive(process):
         ({"row": ["dense"]}, "--row 'dense': give 'NAME: MODEL"),
         ({"row": ["dense: ticket.enabled=true"]}, "give 'NAME: MODEL"),
         ({"row": ["a: m", "b: m", "a: n"]}, "--row a: given twice"),
-        ({"jobs": 0}, "--jobs 0: must be at least 1"),
         ({"task": ["squad"]}, "where the files are is not said; give --squad DIR"),
         ({"glue": None}, "no task to fine-tune on; give --glue DIR, --squad DIR or both"),
         ({"task": ["rte"], "glue": None}, "give --glue DIR"),

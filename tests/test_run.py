@@ -1,5 +1,6 @@
 """The run folder is one run's own; CPU processes share the cores that they are bound to."""
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,11 +101,18 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_on_all_of_them_and_let
 
 
 @pytest.mark.parametrize(
-    ("runs", "says"), [("taken", "a exists and is not a run folder"), ("taken/a", "folder cannot be used")]
-)
+    ("runs", "says"),
+    [
+        ("taken", "a exists and is not a run folder"), ("taken/a", "folder cannot be used"),
+        ("x" * 300, "folder cannot be used"), ("odd", "folder cannot be used"), ("list", "no JSON object"),
+    ],
+)  # fmt: skip
 def test_a_run_folder_that_cannot_be_made_is_told_on_all_ranks(tmp_path, runs, says):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "a").write_text("a file")
+    (tmp_path / "odd" / "a" / "environment.json").mkdir(parents=True)
+    (tmp_path / "list" / "a").mkdir(parents=True)
+    (tmp_path / "list" / "a" / "environment.json").write_text("[]")
     told = ranks.run("test_run:claims", ranks=2, folders=[str(tmp_path / runs)] * 2)
     assert told[0] == told[1] and says in told[0]
 
@@ -126,18 +134,33 @@ def test_a_corpus_that_one_rank_cannot_open_is_told_on_all(tmp_path):
 
 def slow_end(folder):
     """Rank 0 has something to write after its last mark, which the others do not wait for."""
-    watch._WAITS, watch._SILENT, watch._PUBLISHED_EVERY = 0.5, 0.5, 0.1
+    watch._WAITS, watch._SILENT, watch._PUBLISHED_EVERY = 2.0, 3.0, 0.1
     own = watch.Watch(Path(folder), seconds=60.0)
     with watch.explained(own):
         own.mark("the report")
         if dist.rank() == 0:
-            time.sleep(4)
+            time.sleep(9)
     dist.barrier()
     return "done"
 
 
 def test_a_rank_that_has_come_to_its_end_is_not_taken_for_one_that_is_lost(tmp_path):
     assert ranks.run("test_run:slow_end", ranks=2, folder=str(tmp_path)) == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(None, "it stopped"), (KeyError("x"), "KeyError: 'x'"), (KeyboardInterrupt(), "KeyboardInterrupt: ")],
+)
+def test_a_rank_that_ends_by_a_bug_does_not_say_that_it_came_to_its_end(error, said):
+    left = []
+    with (
+        contextlib.suppress(KeyError, KeyboardInterrupt),
+        watch.explained(SimpleNamespace(leave=left.append)),
+    ):
+        if error is not None:
+            raise error
+    assert left == [said]
 
 
 @pytest.mark.parametrize(

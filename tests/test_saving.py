@@ -28,7 +28,12 @@ def benchmarks():
 @pytest.fixture
 def saving(benchmarks, tmp_path, monkeypatch):
     def start(command, *, ranks, log):  # real processes still, forked from the tests' server
-        return launch(command[1], command[2:], ranks=ranks, logs=tmp_path)
+        path = Path(log.name)
+        logs = tmp_path / "logs" / path.stem
+        logs.mkdir(parents=True, exist_ok=True)
+        path.unlink()
+        path.symlink_to(logs / "log-0.txt")
+        return launch(command[1], command[2:], ranks=ranks, logs=logs)
 
     monkeypatch.setattr(benchmarks[0], "start", start)
     return benchmarks[0]
@@ -130,7 +135,11 @@ def test_a_folder_answers_one_question_and_an_arm_that_cannot_run_is_told_before
     def asked(**changes):
         return saving.measure(Namespace(**{**vars(arguments), **changes}))
 
-    asked()
+    with pytest.raises(EarlyBertError, match="unknown setting 'hiden'"):
+        asked(override=["model.hiden=64"])
+    with pytest.raises(EarlyBertError, match=r"ticket.latest_step = 100 .*lower ticket.latest_step$"):
+        asked(override=["ticket.latest_step=100"], arm=["dense", "ticket", "random"])
+    asked()  # what was refused is not on record
     asked(arm=["dense", "ticket"], rates=[1e-3, 3e-3], seeds=2, minutes=0.0)
     with pytest.raises(EarlyBertError, match=r"holds results with another share \(0.8\); choose another"):
         asked(share=1.0)
@@ -144,12 +153,16 @@ def test_a_folder_answers_one_question_and_an_arm_that_cannot_run_is_told_before
         asked(arm=["dense"], also=["wrong: ticket.latest_step=-1"])
     with pytest.raises(EarlyBertError, match=r"layer_ratio = 1.0: [^;]*$"):
         asked(override=["ticket.neuron_ratio=0.9"], out=tmp_path / "alone", arm=["layerdrop"])
+    (tmp_path / "old" / "dense-0.001-1").mkdir(parents=True)
+    (tmp_path / "old" / "dense-0.001-1" / "done").touch()
+    with pytest.raises(EarlyBertError, match="old does not say which question its results answer"):
+        asked(out=tmp_path / "old")
     (tmp_path / "e.toml").write_text(to_toml({**values, "seed": 7}))
     with pytest.raises(EarlyBertError, match="holds results with another experiment"):
         asked()
 
 
-def test_a_run_that_fails_is_one_line_that_says_where_to_look(saving, tmp_path):
+def test_a_run_that_fails_is_told_in_its_own_words(saving, tmp_path):
     values = experiment(tmp_path)
     (tmp_path / "e.toml").write_text(to_toml(values))
     (tmp_path / "corpus" / "manifest.json").unlink()
@@ -157,7 +170,7 @@ def test_a_run_that_fails_is_one_line_that_says_where_to_look(saving, tmp_path):
         experiment=tmp_path / "e.toml", override=[], out=tmp_path / "runs", minutes=1.0, rates=[1e-3],
         seeds=1, share=0.8, arm=["dense"], ranks=1, also=None,
     )  # fmt: skip
-    with pytest.raises(EarlyBertError, match=r"dense-0.001-1: see .*dense-0.001-1.log: status 2"):
+    with pytest.raises(EarlyBertError, match=r"dense-0.001-1: .*corpus.*\(.*dense-0.001-1.log\)"):
         saving.measure(arguments)
 
 

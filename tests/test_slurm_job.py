@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "slurm" / "pretrain.sbatch"
-WAITING = 'trap "exit 143" USR1; echo $$ > srun.pid; while :; do sleep 0.02; done'
+WAITING = 'trap "exit 143" USR1; echo $$ > srun.pid; for _ in {1..1000}; do sleep 0.02; done'
 PROGRAMS = {
     "scancel": "kill -USR1 $(cat srun.pid)",
-    "scontrol": '[ "$1" = requeue ] && echo "$@" >> asked; echo " PreemptTime=$(cat preempted) Preempt"',
+    "scontrol": """[ "$1" = requeue ] && echo "$@" >> asked
+[ -e preempted ] || exit 1
+echo " PreemptTime=$(cat preempted) Preempt\"""",
 }
 
 
@@ -68,6 +70,11 @@ def test_a_run_that_slurm_ends_through_the_script_is_put_back(job: Job, signal: 
 def test_a_run_whose_tasks_alone_were_told_of_a_preemption_is_put_back(job: Job) -> None:
     _, said = job.run("echo 2026-01-02T03:04:05 > preempted; exit 143")
     assert job.requeued and "stopped after a checkpoint; back into the queue" in said
+
+
+def test_where_slurm_does_not_say_whether_it_was_a_preemption_the_run_is_put_back(job: Job) -> None:
+    job.run("rm preempted; exit 143")
+    assert job.requeued
 
 
 def test_a_run_that_was_preempted_once_still_ends_by_its_stop_file(job: Job) -> None:

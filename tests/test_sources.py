@@ -422,7 +422,11 @@ def test_a_folder_of_json_lines_is_read_as_a_hub_corpus(tmp_path: Path) -> None:
     [
         ("train.csv", "id,text\n1,One.\n2,Two.\n", "read by the reader 'csv' of datasets"),
         ("train.tsv", "id\ttext\n1\tOne.\n2\tTwo.\n", "read by the reader 'csv' of datasets"),
-        ("train.json", '\n[{"text": "One."}, {"text": "Two."}]', "JSON, but not an object a line"),
+        (
+            "train.json",
+            '\n[{"text": "One."}, {"text": "Two."}]',
+            "called JSON, but does not begin with an object",
+        ),
     ],
 )
 def test_rows_that_only_datasets_can_read_are_streamed_and_refused_else(

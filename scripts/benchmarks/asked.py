@@ -15,6 +15,8 @@ _SHORT = 300
 def same(asked: dict[str, Any], folder: Path) -> None:
     """Raise EarlyBertError where a folder's results are of another question than `asked` (JSON types)."""
     path = folder / "asked.json"
+    if not path.exists() and any(folder.glob("*/done")):
+        raise EarlyBertError(f"{folder} does not say which question its results answer; choose another --out")
     if path.exists() and (before := read_json(path)) != asked:
         other = [name for name in sorted({*asked, *before}) if before.get(name) != asked.get(name)]
         told = ", ".join(_told(name, before.get(name)) for name in other)

@@ -95,8 +95,9 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
         "model": str(arguments.model.resolve()), "data": str(arguments.data.resolve()),
         "dropout": arguments.dropout, "precision": arguments.precision, "set": arguments.override,
     }  # fmt: skip
+    config = _stock_config(arguments.model)
     same(asked, out)
-    _model(arguments.model, out / "model", dropout=arguments.dropout)
+    _model(arguments.model, out / "model", config, dropout=arguments.dropout)
     values: Figures = {"zero_optimization": {"stage": 0}}
     if arguments.precision != "fp32":
         values[arguments.precision] = {"enabled": True}
@@ -114,8 +115,8 @@ def _experiment(arguments: argparse.Namespace, names: list[str]) -> Path:
     return path
 
 
-def _model(source: Path, to: Path, *, dropout: float | None) -> None:
-    """A folder with the files of a stock BERT, and dropout as asked for."""
+def _stock_config(source: Path) -> Figures:
+    """The configuration of a stock BERT's folder; raises EarlyBertError for another one."""
     if not (source / "config.json").is_file():
         raise EarlyBertError(
             f"{source}: no config.json is there; give the folder of a stock BERT, such as what "
@@ -127,6 +128,11 @@ def _model(source: Path, to: Path, *, dropout: float | None) -> None:
             f"{source} is a {config.get('model_type')}, and Trainer's side is stock BERT; give a BERT's "
             "folder, such as what scripts/export.py --form dense writes"
         )
+    return config
+
+
+def _model(source: Path, to: Path, config: Figures, *, dropout: float | None) -> None:
+    """A folder with the files of a stock BERT, and dropout as asked for."""
     if dropout is not None:
         config |= dict.fromkeys(_DROPOUTS, dropout)
     to.mkdir(exist_ok=True)

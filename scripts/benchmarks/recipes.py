@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,15 @@ from benchmarks import machine
 from benchmarks.asked import same
 from benchmarks.ranks import Slice
 from benchmarks.saving import curve, finished, plot
-from earlybert.config import EarlyBertError, override, read_toml
+from earlybert.config import EarlyBertError, override, read_json_lines, read_toml
 
 _TRIAL = 20
 """Steps of each phase in a trial; the first half warms up."""
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    from earlybert.experiment import load
+
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {
@@ -36,6 +37,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     stems = [path.stem for path in arguments.experiment]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise EarlyBertError(f"two experiments are called {twice[0]}; give their files different names")
+    for path in arguments.experiment:
+        load(path, arguments.override)  # what is wrong with it is told before it is on record
     for path in arguments.experiment:
         folder = out / f"asked-{path.stem}"
         folder.mkdir(exist_ok=True)
@@ -89,20 +92,20 @@ def _words(path: Path, arguments: argparse.Namespace, time_given: Slice) -> list
     """The experiment with its stretched schedule; None where the time is up before its trial has ended."""
     from earlybert.experiment import load
 
-    same = [
+    shared = [
         "ticket.enabled=false", "evaluate.objective=mlm", "evaluate.mask_probability=0.15",
         f"evaluate.samples={arguments.samples}", f"runs={arguments.out}", *arguments.override,
     ]  # fmt: skip
-    phases = load(path, same)[0].phases
+    phases = load(path, shared)[0].phases
     trial = [f"phases.{number}.steps={_TRIAL}" for number in range(len(phases))]
     rare = [f"evaluate.every={10**6}", f"log_every={_TRIAL // 2}"]
     name = f"trial-{path.stem}"
-    words = [str(path), *same, *trial, *rare]
+    words = [str(path), *shared, *trial, *rare]
     if not finished(name, words, out=arguments.out, ranks=arguments.ranks, time_given=time_given):
         return None
-    lines = (arguments.out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = read_json_lines(arguments.out / name / "metrics.jsonl")
     took: dict[int, float] = {}  # the later line of a phase is the warm one
-    for line in map(json.loads, lines):
+    for line in lines:
         if "step_seconds" in line:
             took[line["phase"]] = line["step_seconds"]
     steps = stretched(
@@ -110,7 +113,7 @@ def _words(path: Path, arguments: argparse.Namespace, time_given: Slice) -> list
     )
     every = max(1, sum(steps) // arguments.evaluations)
     schedule = [f"phases.{number}.steps={count}" for number, count in enumerate(steps)]
-    return [str(path), *same, *schedule, f"evaluate.every={every}"]
+    return [str(path), *shared, *schedule, f"evaluate.every={every}"]
 
 
 def _tokens(run: Path) -> int:

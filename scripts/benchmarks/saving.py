@@ -101,6 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(1, arguments.seeds + 1)
     grid = [Run(arm, rate, 1) for arm in arguments.arm for rate in arguments.rates]
+    _check(grid, arguments)
     same(
         {
             "experiment": override(read_toml(arguments.experiment), arguments.override),
@@ -108,7 +109,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         out,
     )  # fmt: skip
-    _check(grid, arguments)
     with Slice(arguments.minutes) as time_given:
         if all(_finish(run, arguments, time_given) for run in grid):
             winners = [
@@ -124,6 +124,7 @@ def _check(grid: Sequence[Run], arguments: argparse.Namespace) -> None:
     """Raise EarlyBertError where a run would be refused after hours of others."""
     from earlybert.experiment import load
 
+    load(arguments.experiment, arguments.override)
     refused: dict[str, EarlyBertError] = {}
     for run in grid:
         if run.arm in ("random", "scratch"):  # their words come from a ticket that is not drawn yet
@@ -136,7 +137,7 @@ def _check(grid: Sequence[Run], arguments: argparse.Namespace) -> None:
         if arm in arguments.variants:
             raise EarlyBertError(f"{why_not}; leave its --also {arm!r} out, or change its words") from why_not
         rest = [f"--arm {other}" for other in arguments.arm if other in ARMS and other not in refused]
-        if not rest:
+        if arm in ("dense", "ticket") or not rest:  # the others stand or fall with these
             raise why_not
         raise EarlyBertError(f"{why_not}; leave {arm} out: {' '.join(rest)}") from why_not
 
@@ -303,7 +304,8 @@ def finished(name: str, words: Sequence[str], *, out: Path, ranks: int, time_giv
         return True
     if all(map(time_given.ended, codes)):
         return False
-    raise EarlyBertError(f"{name}: {why(max(codes, key=abs), out / f'{name}.log')}")
+    code = 2 if 2 in codes else max(codes, key=abs)  # the rank that knows why says so with 2
+    raise EarlyBertError(f"{name}: {why(code, out / f'{name}.log')}")
 
 
 def _words(run: Run, arguments: argparse.Namespace) -> list[str]:

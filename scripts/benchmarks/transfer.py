@@ -85,8 +85,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         names = [name for name, _ in told_rows]
         twice = next(name for name in names if names.count(name) > 1)
         raise EarlyBertError(f"--row {twice}: given twice; each row needs a name of its own")
-    if arguments.jobs < 1:
-        raise EarlyBertError(f"--jobs {arguments.jobs}: must be at least 1")
     tasks = arguments.task or _there(arguments.glue, arguments.squad)
     if not tasks:
         raise EarlyBertError("no task to fine-tune on; give --glue DIR, --squad DIR or both")
@@ -95,10 +93,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             raise EarlyBertError(
                 f"--task {' '.join(tasks)}: where the files are is not said; give --{kind} DIR"
             )
-    for name, words in rows.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
-        told = [word for word in (*words, *arguments.override) if not word.startswith("recipe")]
-        same({"settings": told}, out / name)
     jobs = [
         Job(name, (*words, *arguments.override), task, seed, out)
         for seed in range(1, arguments.seeds + 1)
@@ -106,20 +100,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, words in rows.items()
     ]
     _check(jobs)
+    for name, words in rows.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        told = [word for word in (*words, *arguments.override) if not word.startswith("recipe")]
+        same({"settings": told}, out / name)
     with Slice(arguments.minutes) as time_given:
         _work(jobs, arguments, time_given)
     return figures(arguments, list(rows))
 
 
 def _check(jobs: Sequence[Job]) -> None:
-    """Raise EarlyBertError where seeds of the rows' tasks, asked for or not since the table has them all,
-    were tuned by another recipe than that of now."""
+    """Raise EarlyBertError for wrong settings, and where seeds of the rows' tasks, asked for or not since the
+    table has them all, were tuned by another recipe than that of now."""
     for job in {(job.row, job.task): job for job in jobs}.values():
-        if folders := sorted(job.folder.parent.glob(f"{job.task}-*")):
-            settings, values = recipes.load(job.experiment, job.overrides(), kind=job.kind)
-            precision = mechanics.precision_of(values)
-            for folder in folders:
-                tuned.check_task(folder / job.task, settings.of(job.task), precision=precision)
+        settings, values = recipes.load(job.experiment, job.overrides(), kind=job.kind)
+        precision = mechanics.precision_of(values)
+        for folder in sorted(job.folder.parent.glob(f"{job.task}-*")):
+            tuned.check_task(folder / job.task, settings.of(job.task), precision=precision)
 
 
 def figures(arguments: argparse.Namespace, rows: Sequence[str]) -> dict[str, Any]:
