@@ -157,22 +157,19 @@ class Assembly:
         hosts = dist.gather_objects(socket.gethostname())
         beside = [rank for rank, host in enumerate(hosts) if host == hosts[dist.rank()]]
         own = self.corpus.flaws(only=slice(beside.index(dist.rank()), None, len(beside)))
-        wrong = [flaw for flaws in dist.gather_objects(own) for flaw in flaws]
-        if wrong:
+        if wrong := dist.told_by_host(own):
             raise EarlyBertError("; ".join(wrong))
 
 
 def _opened(folder: str) -> Corpus:
     """The corpus; EarlyBertError on every rank where one of them cannot open it. Collective."""
     found: Corpus | None = None
-    wrong = None
+    wrong = []
     try:
         found = Corpus.open(folder, verify="size")
     except (EarlyBertError, OSError) as error:  # the others wait to hear of it
-        wrong = str(error)
-    ranks = dist.gather_objects((socket.gethostname(), wrong))
-    alone = len({host for host, _ in ranks}) > 1
-    told = [f"{host}: {flaw}" if alone else flaw for host, flaw in ranks if flaw is not None]
+        wrong.append(str(error))
+    told = dist.told_by_host(wrong)
     if told or found is None:
-        raise EarlyBertError("; ".join(dict.fromkeys(told)))
+        raise EarlyBertError("; ".join(told))
     return found

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -328,14 +327,11 @@ def newest_good(folder: Path, *, of: tuple[str, str] | None = None) -> Checkpoin
                 wrong += flaws(path, manifest, only=slice(dist.rank(), None, dist.world_size()))
         except (EarlyBertError, OSError) as error:  # a disk that fails; the others wait to hear of it
             wrong.append(str(error))
-        ranks = dist.gather_objects((socket.gethostname(), wrong))
-        if manifest is not None and not any(found for _, found in ranks):
+        told = dist.told_by_host(wrong)
+        if manifest is not None and not told:
             return Checkpoint(path, manifest)
         if dist.rank() == 0:
-            # What one host alone does not see is a matter of that host.
-            alone = len({host for host, _ in ranks}) > 1
-            told = [f"{host}: {flaw}" if alone else flaw for host, found in ranks for flaw in found]
-            log.warning("checkpoint %s is not used: %s", path, "; ".join(dict.fromkeys(told)))
+            log.warning("checkpoint %s is not used: %s", path, "; ".join(told))
     return None
 
 

@@ -6,6 +6,7 @@ rank() == 0`.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -88,6 +89,15 @@ def from_rank_0(value: T) -> T:
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def told_by_host(flaws: list[str]) -> list[str]:
+    """What all ranks have found wrong, each flaw once; after its host's name where there are several, since
+    what one host alone does not see is a matter of that host. Collective."""
+    ranks = gather_objects((socket.gethostname(), flaws))
+    several = len({host for host, _ in ranks}) > 1
+    told = [f"{host}: {flaw}" if several else flaw for host, found in ranks for flaw in found]
+    return list(dict.fromkeys(told))
 
 
 def check_on_rank_0(check: Callable[[], None]) -> None:

@@ -269,10 +269,8 @@ def _lock(folder: Path, holder: str) -> tuple[IO[str] | None, str | None]:
 def _problem(experiment: Described, *, corpus: str, where: str, origin: tuple[str, str]) -> str | None:
     folder, (what, place) = experiment.folder, origin
     stamp = folder / "environment.json"
-    if folder.exists() and not folder.is_dir():
-        return f"{folder} exists and is not a run folder; choose another name or remove it"
     if not stamp.exists():
-        if folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(path.name != _LOCK for path in folder.iterdir())):
             return f"{folder} exists and is not a run folder; choose another name or remove it"
         return None
     try:

@@ -18,7 +18,6 @@ told beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import sys
@@ -32,7 +31,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.asked import same
 from benchmarks.ranks import Slice, start, why
-from earlybert.config import EarlyBertError, override, read_json, read_toml
+from earlybert.config import EarlyBertError, override, read_json, read_json_lines, read_toml
 
 _PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
 ARMS = ("dense", "ticket", "random", "scratch", "layerdrop")
@@ -252,8 +251,7 @@ def plot(told: dict[str, Any], path: Path) -> None:
 def curve(folder: Path) -> Curve:
     """A run's held-out losses over its training time, from its metrics."""
     steps, seconds, losses, total, compiling, last = [], [], [], 0.0, 0.0, 0
-    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    for line in read_json_lines(folder / "metrics.jsonl"):
         compiled = line.get("compile_seconds", 0.0)
         compiling += compiled
         total += line.get("step_seconds", 0.0) * (line["step"] - last) - compiled
