@@ -139,6 +139,8 @@ def test_a_folder_answers_one_question_and_an_arm_that_cannot_run_is_told_before
         asked(override=["model.hiden=64"])
     with pytest.raises(EarlyBertError, match=r"ticket.latest_step = 100 .*lower ticket.latest_step$"):
         asked(override=["ticket.latest_step=100"], arm=["dense", "ticket", "random"])
+    with pytest.raises(EarlyBertError, match="lower ticket.latest_step$"):  # random needs the ticket
+        asked(share=0.3, arm=["dense", "ticket", "random"])
     asked()  # what was refused is not on record
     asked(arm=["dense", "ticket"], rates=[1e-3, 3e-3], seeds=2, minutes=0.0)
     with pytest.raises(EarlyBertError, match=r"holds results with another share \(0.8\); choose another"):
