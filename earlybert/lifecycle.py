@@ -11,6 +11,7 @@ import ctypes
 import gc
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -139,9 +140,19 @@ def _keep_freed_memory() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nothing has at any of this machine's addresses.
+
+    Below those that systems give to outgoing connections (32,768 and up on Linux): such a one may be taken
+    by any program before it is listened at, and by one at another address than was tried.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 1_000):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise EarlyBertError("1,000 ports between 20000 and 29999 are all taken; set MASTER_PORT to a free one")
 
 
 KNOWN_OPTIMIZERS = {

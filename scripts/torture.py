@@ -87,13 +87,15 @@ class Start:
     """One start of the command: `ranks` processes with a common log."""
 
     def __init__(self, folder: Path, name: str, *, ranks: int, armed: str = "") -> None:
+        from earlybert.lifecycle import free_port
+
         self.folder, self.run = folder, folder / "runs" / name
         self.log_path = folder / f"{name}.log"
         self._begin = self.log_path.stat().st_size if self.log_path.exists() else 0
         shared = {
             **os.environ,
             "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks), "EARLYBERT_FAULTS": armed,
             "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
         }  # fmt: skip
@@ -366,14 +368,6 @@ def kinds(chance: random.Random, ranks: int, length: float, foreign: Path) -> li
         lambda: damaged("a manifest of another run", lambda run, chance: damage.planted(run, foreign)),
         lambda: damaged("a half-written save left behind", damage.left_behind),
     ]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def table(tallies: dict[str, Tally]) -> str:

@@ -72,7 +72,8 @@ class Slurm:
             self._start("slurmd", "-D")
             deadline = time.monotonic() + 30
             while "idle" not in self.run("sinfo"):
-                if time.monotonic() > deadline:
+                ended = any(daemon.poll() is not None for daemon in self._daemons)
+                if ended or time.monotonic() > deadline:
                     raise RuntimeError("\n".join(p.read_text() for p in self.folder.glob("*.log")))
                 time.sleep(0.2)
         except BaseException:

@@ -4,6 +4,8 @@ import contextlib
 import gc
 import importlib
 import os
+import random
+import socket
 import subprocess
 import sys
 import weakref
@@ -193,3 +195,17 @@ def test_an_optimizer_whose_state_is_not_known_is_refused_before_it_has_any():
 def test_what_was_imported_is_left_out_of_collections_and_a_later_cycle_is_not():
     [(before, after, freed)] = ranks.run("test_lifecycle:settle", ranks=1)
     assert before > 100_000 and after < before / 100 and freed
+
+
+def test_a_free_port_is_free_at_every_address_and_none_that_connections_are_given(monkeypatch):
+    assert all(20_000 <= lifecycle.free_port() < 30_000 for _ in range(20))
+    with contextlib.closing(socket.socket()) as other:
+        other.bind(("127.0.0.2", 0))
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(
+            random.SystemRandom, "sample", lambda self, ports, k: [taken, *range(20_100, 20_200)]
+        )
+        assert lifecycle.free_port() != taken
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, k: [taken])
+        with pytest.raises(EarlyBertError, match="set MASTER_PORT"):
+            lifecycle.free_port()
