@@ -23,6 +23,8 @@ IGNORED = -100
 """A label that is not counted."""
 _CACHED, _LARGEST = 2**18, 2**28
 """Logits taken at a time in fp32: as many as a core's cache holds, and as many as a GPU's memory spares."""
+_GRAIN = 64
+"""Tokens without padding come in multiples of it: for each new number of rows oneDNN writes its code anew."""
 ACTIVATIONS = {
     "gelu": functional.gelu,
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
@@ -118,19 +120,19 @@ class Documents(NamedTuple):
 
 
 class Unpadded(NamedTuple):
-    """Real tokens only, one after the other, so that nothing but attention is computed for padding."""
+    """Real tokens and next to no others, so that hardly more than attention is computed for padding."""
 
     places: torch.Tensor
-    """Where each of them stands in the flattened rows."""
+    """Where each of them stands in the flattened rows, and padding after them up to a multiple of 64."""
     mask: torch.Tensor
     """bool [B, 1, 1, T]: true where a token is real."""
 
     def gather(self, x_BTx: torch.Tensor) -> torch.Tensor:
-        """The real tokens of rows."""
+        """The tokens of `places`, from rows."""
         return x_BTx.flatten(0, 1).index_select(0, self.places)
 
     def spread(self, x_Kx: torch.Tensor) -> torch.Tensor:
-        """Rows again, with zeros in the places of padding."""
+        """Rows again, with zeros in all other places."""
         rows, tokens = self.mask.shape[0], self.mask.shape[-1]
         zeros = x_Kx.new_zeros((rows * tokens, *x_Kx.shape[1:]))
         return zeros.index_copy(0, self.places, x_Kx).unflatten(0, (rows, tokens))
@@ -144,7 +146,10 @@ Visible = torch.Tensor | Documents | Unpadded | None
 def unpadded(mask_BT: torch.Tensor) -> Unpadded:
     """The real tokens of `mask_BT`; each row has one at least. Raises ValueError as `visible` does."""
     _check_mask(mask_BT)
-    return Unpadded(mask_BT.flatten().nonzero().squeeze(1), mask_BT[:, None, None, :].bool())
+    real = mask_BT.flatten().bool()
+    count = -(-int(real.sum()) // _GRAIN) * _GRAIN
+    places = (~real).to(torch.uint8).argsort(stable=True)[:count]
+    return Unpadded(places, mask_BT[:, None, None, :].bool())
 
 
 def visible(
@@ -209,6 +214,8 @@ def attend(
         )
     scores_BNTT = (q_BNTH * q_BNTH.shape[-1] ** -0.5) @ k_BNTH.transpose(-1, -2)
     if mask is not None:
-        # Not -inf: a row of nothing but padding must stay finite.
-        scores_BNTT = scores_BNTT.masked_fill(~mask, torch.finfo(scores_BNTT.dtype).min)
+        # Not -inf: a row of nothing but padding must stay finite, whatever is added. A sum, since a CPU fills
+        # by masks one number at a time, and a sum's backward pass is none.
+        bias = torch.zeros(mask.shape, dtype=scores_BNTT.dtype)
+        scores_BNTT += bias.masked_fill_(~mask, torch.finfo(bias.dtype).min / 2)
     return dropped(scores_BNTT.softmax(-1), dropout) @ v_BNTH

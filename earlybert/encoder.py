@@ -21,8 +21,8 @@ class Body(nn.Module):
     """Embeddings, encoder and, where `pooled`, the pooler: stock BERT's `bert`."""
 
     skips_padding = False
-    """Compute what belongs to a token for real tokens only: hidden states are 0 where `mask_BT` is. Not in
-    effect for segments, nor where hidden states of all layers are asked for."""
+    """Compute what belongs to a token for real tokens and few others: hidden states where `mask_BT` is 0 mean
+    nothing. Not in effect for segments, nor where hidden states of all layers are asked for."""
 
     def __init__(self, config: EarlyBertConfig, *, pooled: bool) -> None:
         super().__init__()

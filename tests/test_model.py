@@ -197,6 +197,22 @@ def test_attention_in_16_bits_on_a_cpu_drops_probabilities_and_survives_a_row_of
     assert out.isfinite().all() and q.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masked_scores_weigh_nothing_and_a_row_of_them_alone_is_finite(dtype):
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(2, 1, 4, 8, dtype=dtype).mul_(20) for _ in range(3))
+    q[1].abs_().neg_(), k[1].abs_()
+    for x in (q, k, v):
+        x.requires_grad_()
+    mask = torch.tensor([[True, True, False, False], [False] * 4])[:, None, None, :]
+    out = attend(q, k, v, mask=mask, dropout=0.0)
+    out.sum().backward()
+    cut = functional.scaled_dot_product_attention(*(x[:1, :, :2].float() for x in (q, k, v)))
+    torch.testing.assert_close(out[:1, :, :2].float(), cut, rtol=0.02, atol=0.3)
+    assert out.isfinite().all() and all(x.grad.isfinite().all() for x in (q, k, v))
+    assert not k.grad[0, :, 2:].any() and not v.grad[0, :, 2:].any()
+
+
 def test_a_row_of_nothing_but_padding_has_finite_values_and_gradients():
     model, batch = ours(stock()), inputs(padding=True)
     batch["attention_mask"][2] = 0
