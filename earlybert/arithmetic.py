@@ -123,7 +123,7 @@ class Unpadded(NamedTuple):
     """Real tokens and next to no others, so that hardly more than attention is computed for padding."""
 
     places: torch.Tensor
-    """Where each of them stands in the flattened rows, and padding after them up to a multiple of 64."""
+    """Where each of them stands in the flattened rows, the real ones first."""
     mask: torch.Tensor
     """bool [B, 1, 1, T]: true where a token is real."""
 
@@ -144,12 +144,13 @@ Visible = torch.Tensor | Documents | Unpadded | None
 
 
 def unpadded(mask_BT: torch.Tensor) -> Unpadded:
-    """The real tokens of `mask_BT`; each row has one at least. Raises ValueError as `visible` does."""
+    """The real tokens of `mask_BT`, of which each row has one at least, and padding up to a multiple of
+    `_GRAIN` where there is so much. Raises ValueError as `visible` does."""
     _check_mask(mask_BT)
-    real = mask_BT.flatten().bool()
-    count = -(-int(real.sum()) // _GRAIN) * _GRAIN
-    places = (~real).to(torch.uint8).argsort(stable=True)[:count]
-    return Unpadded(places, mask_BT[:, None, None, :].bool())
+    real_BT = mask_BT.bool()
+    count = -(-int(real_BT.sum()) // _GRAIN) * _GRAIN
+    places = (~real_BT).flatten().to(torch.uint8).argsort(stable=True)[:count]
+    return Unpadded(places, real_BT[:, None, None, :])
 
 
 def visible(

@@ -201,7 +201,8 @@ def test_attention_in_16_bits_on_a_cpu_drops_probabilities_and_survives_a_row_of
 def test_masked_scores_weigh_nothing_and_a_row_of_them_alone_is_finite(dtype):
     torch.manual_seed(2)
     q, k, v = (torch.randn(2, 1, 4, 8, dtype=dtype).mul_(20) for _ in range(3))
-    q[1].abs_().neg_(), k[1].abs_()
+    q[1].abs_().neg_()  # so that every score of the masked row is negative
+    k[1].abs_()
     for x in (q, k, v):
         x.requires_grad_()
     mask = torch.tensor([[True, True, False, False], [False] * 4])[:, None, None, :]
