@@ -34,6 +34,8 @@ class Sums:
     seconds: float = 0.0
     compiling: float = 0.0
     """Of these `seconds`."""
+    waiting: float = 0.0
+    """Of them, for the loader."""
 
 
 @dataclass
@@ -108,6 +110,7 @@ def metrics(
         "grad_norm": engine.grad_norm,
         "tokens_per_second": sums.tokens / sums.seconds,
         "step_seconds": sums.seconds / sums.steps,
+        "loader_seconds": sums.waiting / sums.steps,
         "mask_distance_heads": far_heads,
         "mask_distance_neurons": far_neurons,
         "heads_kept": sum(config.heads_per_layer),

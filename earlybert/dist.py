@@ -6,6 +6,7 @@ rank() == 0`.
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -41,6 +42,41 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if active():
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def begin_sum(tensor: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to add the 1-D `tensor` over the ranks, in place; what is returned waits for it and gives its
+    numbers. Collective.
+
+    A device that has more to do goes on: a GPU adds and copies beside its other work, not after it.
+    """
+    if tensor.device.type != "cuda":
+        work = torch_dist.all_reduce(tensor, async_op=True) if active() else None
+
+        def arrived() -> list[float]:
+            if work is not None:
+                work.wait()
+            return tensor.tolist()
+
+        return arrived
+    beside = _beside(tensor.device)
+    beside.wait_stream(torch.cuda.current_stream())
+    told = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    with torch.cuda.stream(beside):
+        told.copy_(sum_over_ranks(tensor), non_blocking=True)
+        tensor.record_stream(beside)
+        copied = beside.record_event()
+
+    def copied_numbers() -> list[float]:
+        copied.synchronize()
+        return told.tolist()
+
+    return copied_numbers
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def gather_pieces(piece: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:

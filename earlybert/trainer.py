@@ -202,7 +202,7 @@ class _Trainer:
 
         Raises _GoBack where its numbers are bad and the settings say so, before any update.
         """
-        began, compiled = time.perf_counter(), compile_seconds()
+        began, compiled, waited = time.perf_counter(), compile_seconds(), 0.0
         engine, device = self.engine, self._device()
         engine.learning_rate = at.learning_rate
         self.warming = engine.warming
@@ -213,7 +213,10 @@ class _Trainer:
         for micro in range(accumulation):
             self.watch.mark(f"step {self.step + 1}: data")
             faults.point("step.data")
-            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            asked = time.perf_counter()
+            given = next(batches)
+            waited += time.perf_counter() - asked
+            batch = {key: value.to(device, non_blocking=True) for key, value in given.items()}
             taken.append(batch)
             number = micro * ranks + dist.rank()
             torch.manual_seed(_key(self.experiment.seed, self.step, number))
@@ -222,20 +225,21 @@ class _Trainer:
             loss = output.loss * math.nan if faults.point("step.loss") else output.loss
             # DeepSpeed takes the mean over all rounds of all ranks, idle ones among them.
             weight = accumulation * ranks / micros if number < micros else 0.0
-            engine.backward(loss if weight == 1 else loss * weight)
             if number < micros:
                 sums[:3] += torch.stack(
                     [loss.detach().double(), output.correct.double(), output.counted.double()]
                 )
+            if micro == accumulation - 1:
+                self.stop_requested |= self.claim.stop_asked() or self.signals.asked
+                sums[3] = float(self.stop_requested)
+                sums[4] = float(self.saver.writing)
+                # Here, not after the backward pass, at whose end a GPU would idle until the update comes.
+                numbers = dist.begin_sum(sums.to(dist.collective_device()))
+            engine.backward(loss if weight == 1 else loss * weight)
             del output, loss  # they refer to the engine, which a draw in `step` must be able to free
             if micro < accumulation - 1:
                 engine.step()
-        self.stop_requested |= self.claim.stop_asked() or self.signals.asked
-        sums[3] = float(self.stop_requested)
-        sums[4] = float(self.saver.writing)
-        total, correct, counted, stop, writing = dist.sum_over_ranks(
-            sums.to(dist.collective_device())
-        ).tolist()
+        total, correct, counted, stop, writing = numbers()
         self.watch.mark(f"step {self.step + 1}: update")
         faults.point("step.update")
         memory, line = self.memory, self.memory.sums
@@ -255,6 +259,7 @@ class _Trainer:
         line.steps += 1
         line.tokens += at.settings.batch * at.settings.sequence_length
         line.seconds += seconds
+        line.waiting += waited
         spent = compile_seconds()  # a draw sets the clock back to 0
         line.compiling += spent - compiled if spent >= compiled else spent
         memory.trained_seconds += seconds

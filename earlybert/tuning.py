@@ -255,14 +255,16 @@ class Tuning:
             batch = self.task.train.collate(own or rows[:1], pad=self.origin.pad)
             torch.manual_seed(key_of("dropout", self.seed, self.step, number) >> 1)
             loss = engine(**judging.moved(batch, engine.device)).loss
+            sums[0] += loss.detach().double() * len(own)
+            if micro == self.accumulation - 1:
+                sums[1] = float(self._asked())
+                numbers = dist.begin_sum(sums.to(dist.collective_device()))  # beside the backward pass
             # DeepSpeed takes the mean over all rounds of all ranks; wanted is the mean over the rows.
             engine.backward(loss * (len(own) * self.accumulation * ranks / len(rows)))
-            sums[0] += loss.detach().double() * len(own)
             del loss  # it holds the engine, which a draw must be able to free
             if micro < self.accumulation - 1:
                 engine.step()
-        sums[1] = float(self._asked())
-        total, stop = dist.sum_over_ranks(sums.to(dist.collective_device())).tolist()
+        total, stop = numbers()
         mean = total / len(rows)
         if not math.isfinite(mean):
             raise EarlyBertError(

@@ -93,6 +93,7 @@ def test_whole_programs_are_timed_in_turn_also_on_one_rank(monkeypatch, capsys):
             row["tokens_per_second"] * needed / figures["ceiling_flops"]
         )
         assert row["tokens_per_second"] > 10 and row["peak_mb"] > 50
+    assert 0 < figures["kinds"]["ours-boundaries"]["waiting"] < 1
     train.tell(figures)
     assert "| ours-boundaries |" in capsys.readouterr().out
 

@@ -53,6 +53,14 @@ def test_the_loss_on_a_gpu_is_torchs():
     assert right == ((logits.argmax(1) == labels) & (labels >= 0)).sum()
 
 
+def test_a_sum_does_not_wait_for_what_the_gpu_got_to_do_after_it():
+    numbers = dist.begin_sum(torch.tensor([1.0, 2.5], dtype=torch.float64, device="cuda"))
+    torch.cuda._sleep(10**9)  # cycles, about half a second
+    busy = torch.cuda.Event()
+    busy.record()
+    assert numbers() == [1.0, 2.5] and not busy.query()
+
+
 def draws(stage, compiled):
     """Losses of 8 steps with a draw after the 4th, and what a plain model of the CPU says to the first."""
     engine = tiny.engine(stage, "bf16", tiny.settings(), clipping=1.0)

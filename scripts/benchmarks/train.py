@@ -74,6 +74,8 @@ def measure(arguments: argparse.Namespace) -> Figures:
                 "utilisation": statistics.median(rates) * needed / ceiling["flops"],
                 "peak_mb": max(run["peak_mb"] for run in runs),
             }  # fmt: skip
+            if "waiting" in runs[0]:
+                rows[kind]["waiting"] = statistics.median(run["waiting"] for run in runs)
         return {**job, **about(), "folder": None, "ceiling_flops": ceiling["flops"], "kinds": rows}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,14 +99,17 @@ def tell(figures: Figures) -> None:
         f"{', '.join(f'{k} {v}' for k, v in figures['versions'].items())}; a matrix product reaches "
         f"{figures['ceiling_flops'] / 1e12:.2f} TFLOP/s\n"
     )
-    print("| program | tokens/s (least to most) | of ours | utilisation | largest process MB |")
-    print("|---|---|---|---|---|")
+    print(
+        "| program | tokens/s (least to most) | of ours | utilisation | largest process MB | of a step, for "
+        "the loader |\n|---|---|---|---|---|---|"
+    )
     ours = figures["kinds"].get("ours", {}).get("tokens_per_second")
     for kind, row in figures["kinds"].items():
         share = f"{row['tokens_per_second'] / ours:.2f}" if ours else ""
+        waiting = f"{row['waiting']:.1%}" if "waiting" in row else ""
         print(
             f"| {kind} | {row['tokens_per_second']:,.0f} ({min(row['all']):,.0f} to {max(row['all']):,.0f}) "
-            f"| {share} | {row['utilisation']:.1%} | {row['peak_mb']:,.0f} |"
+            f"| {share} | {row['utilisation']:.1%} | {row['peak_mb']:,.0f} | {waiting} |"
         )
 
 
@@ -182,23 +187,26 @@ def run_program(kind: str, job: Figures) -> Figures:
 
 
 class _Clock:
-    """Times of optimizer steps; the warm ones are not counted."""
+    """Time of all optimizer steps but the warm ones; no other is waited for, a device may lag behind."""
 
     def __init__(self, job: Figures) -> None:
         self._job = job
-        self._times: list[float] = []
+        self._step = 0
+        self._marks: list[float] = []
 
     def step(self) -> None:
         import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._times.append(time.perf_counter())
+        self._step += 1
+        if self._step in (_WARM, _WARM + self._job["steps"]):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._marks.append(time.perf_counter())
 
     def figures(self) -> Figures:
-        steps = len(self._times) - _WARM
-        seconds = self._times[-1] - self._times[_WARM - 1]
-        return {"tokens_per_second": steps * self._job["batch"] * self._job["length"] / seconds}
+        began, ended = self._marks
+        tokens = self._job["steps"] * self._job["batch"] * self._job["length"]
+        return {"tokens_per_second": tokens / (ended - began)}
 
 
 def _write(job: Figures, figures: Figures) -> None:
@@ -293,7 +301,7 @@ def _ours(job: Figures, *, words: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(runs, ignore_errors=True)
         text = _EXPERIMENT.format(
-            runs=runs, json=_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json", corpus=folder / "corpus",
+            runs=runs, json=_deepspeed_json(job), corpus=folder / "corpus",
             total=_WARM + job["steps"] + _REST, share=job["batch"] // job["ranks"], loaders=_LOADERS,
             **job["sizes"], **job,
         )  # fmt: skip
@@ -307,13 +315,14 @@ def _ours(job: Figures, *, words: str) -> None:
     except SystemExit as ended:
         if ended.code:
             raise
-    lines = map(json.loads, (runs / "bench" / "metrics.jsonl").read_text().splitlines())
-    rates = [
-        line["tokens_per_second"]
-        for line in lines
-        if _WARM < line["step"] <= _WARM + job["steps"] and "tokens_per_second" in line
+    lines = [
+        line
+        for line in map(json.loads, (runs / "bench" / "metrics.jsonl").read_text().splitlines())
+        if _WARM < line["step"] <= _WARM + job["steps"] and "step_seconds" in line
     ]
-    _write(job, {"tokens_per_second": len(rates) / sum(1 / rate for rate in rates)})
+    taken = statistics.fmean(line["step_seconds"] for line in lines)
+    waited = statistics.fmean(line["loader_seconds"] for line in lines)
+    _write(job, {"tokens_per_second": job["batch"] * job["length"] / taken, "waiting": waited / taken})
 
 
 # --- stock BERT --------------------------------------------------------------------------------------------
@@ -346,10 +355,14 @@ def _stock(job: Figures) -> tuple[Any, Any, Any]:
     return transformers.BertForMaskedLM(config), rows, collate
 
 
-def _zero2(job: Figures) -> Figures:
-    values = json.loads((_SCRIPTS.parent / "ds_configs" / "zero2_bf16.json").read_text())
+def _deepspeed_json(job: Figures) -> Path:
+    """ZeRO-2; on one rank, which has nobody to share gradients with, ZeRO-1."""
+    return _SCRIPTS.parent / "ds_configs" / f"zero{min(2, job['ranks'])}_bf16.json"
+
+
+def _zero(job: Figures) -> Figures:
     return {
-        **values,
+        **json.loads(_deepspeed_json(job).read_text()),
         "train_micro_batch_size_per_gpu": job["batch"] // job["ranks"],
         "gradient_clipping": 1.0,
     }
@@ -370,7 +383,7 @@ def _trainer(job: Figures, *, ranks: int, deepspeed: bool) -> None:
         per_device_train_batch_size=job["batch"] // ranks, learning_rate=1e-4, report_to=[],
         save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=_LOADERS,
         optim="adamw_torch_fused", use_cpu=not torch.cuda.is_available(),
-        deepspeed=_zero2(job) if deepspeed else None,
+        deepspeed=_zero(job) if deepspeed else None,
         ddp_backend=None if ranks == 1 else "nccl" if torch.cuda.is_available() else "gloo",
     )  # fmt: skip
     model, rows, collate = _stock(job)
@@ -390,7 +403,7 @@ def _plain_deepspeed(job: Figures) -> None:
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
     model, rows, collate = _stock(job)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_zero2(job))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_zero(job))
     share, rank = job["batch"] // job["ranks"], torch.distributed.get_rank()
     clock = _Clock(job)
     for step in range(_WARM + job["steps"]):

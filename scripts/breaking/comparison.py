@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-TIMES = ("tokens_per_second", "step_seconds", "draw_seconds", "compile_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "loader_seconds", "draw_seconds", "compile_seconds")
 
 
 def differences(whole: Path, broken: Path) -> list[str]:

@@ -82,7 +82,7 @@ class Folder:
 
 def told(lines: list[dict]) -> list[tuple]:
     """What must not depend on a stop: everything but the times."""
-    times = ("tokens_per_second", "step_seconds", "draw_seconds", "compile_seconds")
+    times = ("tokens_per_second", "step_seconds", "loader_seconds", "draw_seconds", "compile_seconds")
     return [tuple((k, v) for k, v in line.items() if k not in times) for line in lines]
 
 
