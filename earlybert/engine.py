@@ -21,7 +21,7 @@ import deepspeed
 import pydantic
 import torch
 
-from earlybert import baselines, cutting, dist, faults, guard, mechanics, ops, state, targets
+from earlybert import baselines, cutting, dist, faults, guard, mechanics, ops, shortcuts, state, targets
 from earlybert.adapters import adapter_of, enable_checkpointing
 from earlybert.config import SettingsError
 from earlybert.lifecycle import (
@@ -410,7 +410,7 @@ class Engine:
         except (pydantic.ValidationError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
             raise SettingsError(f"{self._where}: DeepSpeed refuses it: {error}") from error
         self.inner = inner
-        guard.judge_by_norm(inner.optimizer)
+        shortcuts.take(inner.optimizer)
         if self.searching:
             check_optimizer(inner.optimizer, where=self._where)
         self.adapter.attach(module)

@@ -7,7 +7,6 @@ those whose own loss is bad.
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -24,8 +23,6 @@ from earlybert.loader import MicroBatch
 
 _LEAST_SPREAD = 0.01
 """Of the mean: a plateau's standard deviation may be next to nothing."""
-_CACHED = 2**16
-"""Numbers whose squares are added up at a time on a CPU: half a mebibyte in double precision."""
 _NAMED = 5
 _LOOKED_INTO = 4
 """Micro-batches of a bad step whose samples are tried one by one."""
@@ -154,42 +151,3 @@ def plain_norm(inner: Any) -> float | None:
         inner.module.zero_grad(set_to_none=True)
         inner.skipped_steps += 1
     return norm
-
-
-def judge_by_norm(optimizer: Any) -> None:
-    """Let a ZeRO-1 or 2 optimizer look at its gradients once a step instead of three times a parameter.
-
-    DeepSpeed first asks each gradient for numbers that are not finite and then, in double precision, for its
-    norm, which such a number spoils too: on a GPU these launches took 40 of the 50 ms of BERT-Base's update
-    (LOG.md). The norm stays as it is and alone decides, on all ranks alike, since it is summed over them.
-    """
-    if type(optimizer).__name__ != "DeepSpeedZeroOptimizer":
-        return
-    if optimizer.compute_grad_norm and not optimizer.cpu_offload:
-        optimizer.has_overflow = lambda partition_gradients=True: False
-        optimizer.get_grad_norm_direct = functools.partial(_norm, optimizer.dp_process_group)
-
-
-def _norm(group: Any, gradients: Sequence[torch.Tensor], _: Any, norm_type: float = 2) -> torch.Tensor:
-    """The norm of what all ranks hold of a parameter group, fp32; -1 where it is not finite. Collective."""
-    assert norm_type == 2
-    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    squares = [_squares(own)] if own else []
-    total = sum(squares, torch.zeros((), dtype=torch.float64, device=dist.collective_device())).float()
-    torch.distributed.all_reduce(total, group=group)
-    norm = total.sqrt()
-    return torch.where(norm.isfinite(), norm, -1.0)
-
-
-def _squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the squares of all gradients, in double precision."""
-    if gradients[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float64)).square().sum()
-    # A CPU would write each gradient out in double precision before it looks at it: a fifth of BERT-Base's
-    # step went into that (LOG.md).
-    room, total = torch.empty(_CACHED, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for gradient in gradients:
-        for piece in gradient.flatten().split(_CACHED):
-            doubles = room[: len(piece)].copy_(piece)
-            total += doubles.dot(doubles)
-    return total

@@ -16,7 +16,7 @@ FLOORS = {
     },
     2: {
         "shrink", "state", "layouts", "experiment", "cutting", "progress", "plan", "loader_server",
-        "baselines", "state_files", "guard", "ops", "recipes", "tasks",
+        "baselines", "state_files", "guard", "shortcuts", "ops", "recipes", "tasks",
         "scores",
     },
     3: {"engine", "lifecycle", "checkpoint", "monitor", "report", "run", "account", "assembly",

@@ -8,7 +8,7 @@ import torch
 
 import ranks
 import tiny
-from earlybert import dist, guard, state
+from earlybert import state
 from earlybert.config import SettingsError
 from earlybert.guard import GuardSettings, judge, suspects
 
@@ -140,48 +140,3 @@ def test_a_step_that_is_given_up_leaves_no_trace_but_its_count(stage, precision)
     for with_bad, without in ranks.run("test_guard:skips", ranks=2, stage=stage, precision=precision):
         assert with_bad[0] == without[0]
         assert all(torch.equal(with_bad[1][name], without[1][name]) for name in without[1])
-
-
-def norms(stage):
-    """{what is wrong with the gradients: the groups' norms by DeepSpeed and by us, and what it says of them
-    itself}, on gradients that have arrived and wait for the update."""
-    found = {}
-    for wrong in (None, math.inf, -math.inf, math.nan):
-        engine = tiny.engine(stage, "bf16", tiny.settings(minimum_step=20, latest_step=20))
-        for micro in range(tiny.ACCUMULATION):
-            loss = engine(**tiny.batch(0, micro * dist.world_size() + dist.rank())).loss
-            engine.backward(loss)
-            del loss
-            if micro < tiny.ACCUMULATION - 1:
-                engine.step()
-        optimizer = engine.inner.optimizer
-        gradients = optimizer.averaged_gradients
-        if wrong is not None and dist.rank() == 0:
-            gradients[0][0].view(-1)[3] = wrong
-        theirs = type(optimizer)
-        pairs = [(gradients[group], optimizer.params_in_partition[group]) for group in sorted(gradients)]
-        found[wrong] = (
-            [theirs.get_grad_norm_direct(optimizer, *pair).item() for pair in pairs],
-            [optimizer.get_grad_norm_direct(*pair).item() for pair in pairs],
-            theirs.has_overflow(optimizer),
-        )
-        engine.close()
-    return found
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_squares_of_gradients_of_any_length_are_those_of_one_sum_in_double_precision(dtype):
-    torch.manual_seed(0)
-    most = guard._CACHED
-    given = [torch.randn(shape).to(dtype) for shape in ((), (1,), (3, most), (most,), (most + 1,), (2, 5, 7))]
-    given.append(torch.randn(40, 30).to(dtype).t())
-    whole = sum(float(x.double().square().sum()) for x in given)
-    assert guard._squares(given).item() == pytest.approx(whole, rel=1e-13)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_norms_are_deepspeeds_to_the_last_bit_and_show_what_its_scan_shows(stage):
-    for found in ranks.run("test_guard:norms", ranks=2, stage=stage):
-        for wrong, (theirs, own, bad) in found.items():
-            assert own == theirs and len(own) == 3
-            assert bad == (wrong is not None) == (own[0] == -1) and all(norm > 0 for norm in own[1:])

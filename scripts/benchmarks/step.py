@@ -56,7 +56,8 @@ def measure(arguments: argparse.Namespace, _: Path) -> dict[str, Any]:
     for _number in range(arguments.steps):
         dist.barrier()
         times.append(step(engine, batch))
-    parts = _parts(engine, batch)
+    taken = [_parts(engine, batch) for _number in range(arguments.steps)]
+    parts = {name: statistics.median(each[name] for each in taken) for name in taken[0]}
     if arguments.profile is not None:
         _profile(engine, batch, arguments.profile)
     shape: EarlyBertConfig = engine.module.config
