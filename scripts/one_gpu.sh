@@ -25,8 +25,9 @@ for kind in dense shrunken; do
     once "$out/step_$kind.json" python scripts/bench.py step --shape base --batch 768 --ranks 1 --stage 1 --compile --dropout 0 \
         --kind $kind --profile "$out/profile_$kind.txt" --json "$out/step_$kind.json"
 done
-python scripts/bench.py saving scripts/experiments/base_short.toml phases.0.micro_batch=768 --out "$out/base_short" --ranks 1 \
-    --rates 1e-3 --seeds 1 --share 1.15 --arm dense --arm ticket --arm random --minutes "$(left)" \
+python scripts/bench.py saving scripts/experiments/base_short.toml phases.0.steps=640 \
+    phases.0.batch=768 phases.0.micro_batch=768 ticket.minimum_step=50 ticket.latest_step=50 evaluate.every=20 \
+    --out "$out/base_short" --ranks 1 --rates 1e-3 --seeds 1 --share 1.15 --arm dense --arm ticket --arm random --minutes "$(left)" \
     --plot "$out/base.png" --json "$out/saving.json"
 if [ -e "$out/base_short/random-0.001-1/done" ]; then
     python scripts/bench.py transfer --glue "$glue" --squad "$squad" --out "$out/tuned" --jobs 12 --seeds 3 --minutes "$(left)" \
