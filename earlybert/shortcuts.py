@@ -41,11 +41,12 @@ def judge_by_norm(optimizer: Any) -> None:
 
 
 def reduce_nothing_alone(optimizer: Any) -> None:
-    """Leave the gradients of a rank that is alone where the backward pass puts them.
+    """Leave the gradients of a rank that is alone where the backward pass puts them, or add them to the fp32
+    sums that ZeRO-2 may keep of them.
 
     DeepSpeed copies each into a bucket, divides by one, sums over one rank and copies it into a second
     buffer, from hooks that it runs a parameter: half of what the host does in a backward pass (LOG.md). What
-    takes fp32 gradients out of the buckets, or scales them there, is left alone.
+    scales gradients there, or takes them elsewhere, is left alone.
     """
     alone = all(torch.distributed.get_world_size(group) == 1 for group in optimizer.real_dp_process_group)
     plain = not (
@@ -54,7 +55,6 @@ def reduce_nothing_alone(optimizer: Any) -> None:
         or optimizer.use_grad_accum_attribute
         or optimizer.has_moe_layers
         or optimizer.gradient_predivide_factor != 1
-        or any(map(optimizer._use_compact_grad_partition_buffer, range(len(optimizer.bit16_groups))))
         or set(optimizer.ipg_buckets) != {optimizer.dtype}
     )
     if alone and plain:
@@ -63,6 +63,21 @@ def reduce_nothing_alone(optimizer: Any) -> None:
         optimizer._grad_acc_hooks.clear()
         optimizer.contiguous_gradients = False
         optimizer.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
+        optimizer.reduce_ipg_grads = functools.partial(_add_to_sums, optimizer)
+
+
+def _add_to_sums(optimizer: Any, comm_dtype: torch.dtype | None = None) -> None:
+    """Add a micro-batch's gradients to ZeRO-2's fp32 sums, where it keeps such."""
+    for group, parameters in enumerate(optimizer.bit16_groups):
+        given = [parameter for parameter in parameters if parameter.grad is not None]
+        if given and optimizer._use_compact_grad_partition_buffer(group):
+            sums = [
+                optimizer._get_compact_grad_partition_slice(
+                    group, 0, optimizer.get_param_id(one), one.numel()
+                )
+                for one in given
+            ]
+            torch._foreach_add_(sums, [one.grad.reshape(-1) for one in given])
 
 
 def keep_views(optimizer: Any) -> None:

@@ -55,14 +55,14 @@ def test_norms_are_deepspeeds_to_the_last_bit_and_show_what_its_scan_shows(stage
             assert bad == (wrong is not None) == (own[0] == -1) and all(norm > 0 for norm in own[1:])
 
 
-def taken_and_not(stage, precision):
+def taken_and_not(stage, precision, fp32_accumulation):
     """With the shortcuts and as DeepSpeed has it: (losses of steps with a draw, the state after them, hooks
     on gradients, whether a parameter follows its weights when they move)."""
     found = []
     for take in (shortcuts.take, lambda optimizer: None):
         shortcuts.take = take
         settings = tiny.settings()
-        engine = tiny.engine(stage, precision, settings, clipping=0.1)
+        engine = tiny.engine(stage, precision, settings, clipping=0.1, fp32_accumulation=fp32_accumulation)
         losses = tiny.train(engine, range(settings.latest_step + 2))
         assert engine.ticket is not None
         optimizer, after = engine.inner.optimizer, state.read(engine.inner)
@@ -78,9 +78,17 @@ def taken_and_not(stage, precision):
     return found
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (1, "fp32"), (2, "fp32")])
-def test_a_rank_that_is_alone_reduces_nothing_and_trains_to_the_same_bits(stage, precision):
-    ((own, theirs),) = ranks.run("test_shortcuts:taken_and_not", ranks=1, stage=stage, precision=precision)
+@pytest.mark.parametrize(
+    ("stage", "precision", "fp32_accumulation"),
+    [(1, "bf16", False), (2, "bf16", False), (2, "bf16", True), (1, "fp32", False), (2, "fp32", False)],
+)
+def test_a_rank_that_is_alone_reduces_nothing_and_trains_to_the_same_bits(
+    stage, precision, fp32_accumulation
+):
+    ((own, theirs),) = ranks.run(
+        "test_shortcuts:taken_and_not", ranks=1, stage=stage, precision=precision,
+        fp32_accumulation=fp32_accumulation,
+    )  # fmt: skip
     assert own[0] == theirs[0]
     for name, pieces in theirs[1].items():
         for key, piece in pieces.items():
@@ -99,7 +107,7 @@ def hooks(**asked):
 
 @pytest.mark.parametrize(
     ("count", "asked"),
-    [(2, {"stage": 1}), (1, {"stage": 2, "fp32_accumulation": True}), (1, {"stage": 2, "offload": True})],
+    [(2, {"stage": 1}), (1, {"stage": 2, "offload": True})],
 )
 def test_gradients_that_are_shared_or_kept_elsewhere_go_deepspeeds_way(count, asked):
     assert all(ranks.run("test_shortcuts:hooks", ranks=count, **asked))
