@@ -62,7 +62,10 @@ def taken_and_not(stage, precision, fp32_accumulation):
     for take in (shortcuts.take, lambda optimizer: None):
         shortcuts.take = take
         settings = tiny.settings()
-        engine = tiny.engine(stage, precision, settings, clipping=0.1, fp32_accumulation=fp32_accumulation)
+        engine = tiny.engine(
+            stage, precision, settings, clipping=0.1, fp32_accumulation=fp32_accumulation,
+            checkpointing=stage == 2,
+        )  # fmt: skip
         losses = tiny.train(engine, range(settings.latest_step + 2))
         assert engine.ticket is not None
         optimizer, after = engine.inner.optimizer, state.read(engine.inner)
