@@ -83,7 +83,13 @@ def taken_and_not(stage, precision, fp32_accumulation):
 
 @pytest.mark.parametrize(
     ("stage", "precision", "fp32_accumulation"),
-    [(1, "bf16", False), (2, "bf16", False), (2, "bf16", True), (1, "fp32", False), (2, "fp32", False)],
+    [
+        (1, "bf16", False),
+        (2, "bf16", True),
+        pytest.param(2, "bf16", False, marks=pytest.mark.thorough),
+        pytest.param(1, "fp32", False, marks=pytest.mark.thorough),
+        pytest.param(2, "fp32", False, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_rank_that_is_alone_reduces_nothing_and_trains_to_the_same_bits(
     stage, precision, fp32_accumulation
