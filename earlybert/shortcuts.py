@@ -55,6 +55,7 @@ def reduce_nothing_alone(optimizer: Any) -> None:
         or optimizer.use_grad_accum_attribute
         or optimizer.has_moe_layers
         or optimizer.gradient_predivide_factor != 1
+        or optimizer.sequence_parallel_size != 1
         or set(optimizer.ipg_buckets) != {optimizer.dtype}
     )
     if alone and plain:

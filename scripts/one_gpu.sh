@@ -3,7 +3,7 @@
 # taken apart, the saving with its random ticket, its three models fine-tuned on GLUE and SQuAD 1.1, and the tests.
 #   bash scripts/one_gpu.sh GLUE SQUAD OUT [MINUTES]
 # GLUE and SQUAD are folders as scripts/finetune.py reads them; corpora/base must be there (README, "What the ticket
-# saves"). What is done in OUT stays: the same command goes on, and after MINUTES (60) nothing new is begun.
+# saves"). What is done in OUT stays, and the same command goes on; after MINUTES (60) trainings stop where they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 3 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
